@@ -1,0 +1,1 @@
+"""firstboot: from N identical hosts with one shared user-data to exactly one cluster."""
