@@ -1,0 +1,310 @@
+"""Event: what happened to this host. Action: what it shall do. Two unions of small dataclasses.
+
+No key and no token ever travels in either, so a host's history can be kept and replayed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from firstboot.protocol.messages import Certificate, Message
+from firstboot.protocol.model import Channel, Endpoint, Member, Profile, Stored
+from firstboot.protocol.plan import Step
+
+# ---------------------------------------------------------------- what happened
+
+
+@dataclass(frozen=True, slots=True)
+class PeerFound:
+    """A provider named an address; nothing about it is trusted."""
+
+    endpoint: Endpoint
+    provider: str
+
+
+@dataclass(frozen=True, slots=True)
+class StrangerSeen:
+    """Somebody who is not of this formation: `kind` is ``token``, ``garbage`` or ``flood``.
+
+    ``token`` means the same cluster name and formation with another token.
+    """
+
+    kind: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A mutually authenticated connection stands; `endpoint` is the one dialled, if we dialled."""
+
+    node_id: str
+    channel: Channel
+    endpoint: Endpoint | None
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectFailed:
+    """A dial ended without a connection. `reason` is ``refused``, ``timeout``, ``token``, …"""
+
+    endpoint: Endpoint
+    channel: Channel
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The last connection to that host on that channel is gone."""
+
+    node_id: str
+    channel: Channel
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReceived:
+    """A well-formed message from an authenticated peer."""
+
+    node_id: str
+    channel: Channel
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class PeerMisbehaved:
+    """An authenticated peer broke the protocol; its connection was closed."""
+
+    node_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PersistDone:
+    """The state of that `Persist`, and of all before it, is on disk."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class PersistFailed:
+    """That `Persist` did not reach the disk."""
+
+    sequence: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorityMade:
+    """This host's cluster CA for that epoch is on disk."""
+
+    epoch: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMade:
+    """This host's key is on disk; `csr` is the request (DER) and `key` its key's SHA-256 (hex)."""
+
+    epoch: int
+    csr: bytes
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """The request was signed and the answer journalled."""
+
+    member: Member
+    epoch: int
+    key: str
+    certificates: tuple[Certificate, ...]
+    authority: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SignFailed:
+    """The request was not signed."""
+
+    node_id: str
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CertificatesStored:
+    """This host's certificates for that epoch were checked and are on disk."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class CertificatesRejected:
+    """What the master sent does not verify against the pinned fingerprint, or was not stored."""
+
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """That step of the plan holds."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed:
+    """That step of the plan failed; `reason` is one sentence, `detail` the last log lines."""
+
+    index: int
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlineReached:
+    """The clock reached `Assembly.deadline`."""
+
+
+Event = (
+    PeerFound
+    | StrangerSeen
+    | Connected
+    | ConnectFailed
+    | Disconnected
+    | MessageReceived
+    | PeerMisbehaved
+    | PersistDone
+    | PersistFailed
+    | AuthorityMade
+    | RequestMade
+    | Signed
+    | SignFailed
+    | CertificatesStored
+    | CertificatesRejected
+    | StepDone
+    | StepFailed
+    | DeadlineReached
+)
+
+# ---------------------------------------------------------------- what to do
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Tell the providers where this host is, and ask them again who else is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Dial that endpoint on that channel; answer with Connected or ConnectFailed."""
+
+    endpoint: Endpoint
+    channel: Channel
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Close every connection to that host."""
+
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send once, if a connection stands; a lost message is no error."""
+
+    node_id: str
+    channel: Channel
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Write the state durably, then answer PersistDone(sequence) or PersistFailed.
+
+    Of several waiting, only the newest needs to be written.
+    """
+
+    sequence: int
+    state: Stored
+
+
+@dataclass(frozen=True, slots=True)
+class MakeAuthority:
+    """Make the random cluster CA of that epoch, durably and once; the same answer ever after."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropAuthority:
+    """Destroy the cluster CA of that epoch and every earlier one, and what they signed."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class MakeRequest:
+    """Make this host's key for that epoch, durably and once, and a request for it."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """Sign the request for that member, journal the answer, then tell."""
+
+    member: Member
+    epoch: int
+    csr: bytes
+    profiles: tuple[Profile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreCertificates:
+    """Check against the fingerprint, write durably, then tell."""
+
+    epoch: int
+    fingerprint: str
+    node_id: str
+    certificates: tuple[Certificate, ...]
+    authority: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    """Make that step of the plan true; doing it again must be harmless."""
+
+    index: int
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Admission has ended: the bootstrap channel stops answering, derived keys are dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """This host runs its role: reach firstboot.target, now and at every later boot.
+
+    With `leave` the process has nothing more to do and ends.
+    """
+
+    leave: bool
+
+
+Action = (
+    Announce
+    | Connect
+    | Disconnect
+    | Send
+    | Persist
+    | MakeAuthority
+    | DropAuthority
+    | MakeRequest
+    | Sign
+    | StoreCertificates
+    | RunStep
+    | Close
+    | Finish
+)
