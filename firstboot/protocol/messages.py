@@ -11,10 +11,8 @@ import base64
 import json
 import types
 import typing
-from collections.abc import Hashable
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
-from functools import cache
 from typing import Any
 
 from firstboot.protocol.errors import RemoteError
@@ -32,6 +30,7 @@ MAX_BYTES = 64 * 1024
 MAX_TEXT = 1024
 MAX_BLOB = 8 * 1024
 MAX_PEERS = 64
+_HINTS: dict[type[Any], dict[str, Any]] = {}  # resolving annotations is slow, so once a type
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +201,10 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-@cache
-def _hints(kind: Hashable) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    if kind not in _HINTS:
+        _HINTS[kind] = typing.get_type_hints(kind)
+    return _HINTS[kind]
 
 
 def to_plain(thing: Any) -> Any:
