@@ -35,11 +35,16 @@ class StrangerSeen:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """A mutually authenticated connection stands; `endpoint` is the one dialled, if we dialled."""
+    """A mutually authenticated connection stands.
+
+    `endpoint` is the one this host dialled, None if the peer dialled; `remote` is the peer's IP
+    address as TCP shows it.
+    """
 
     node_id: str
     channel: Channel
     endpoint: Endpoint | None
+    remote: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,6 @@ class AuthorityMade:
 class RequestMade:
     """This host's key is on disk; `csr` is the request (DER) and `key` its key's SHA-256 (hex)."""
 
-    epoch: int
     csr: bytes
     key: str
 
@@ -244,18 +248,21 @@ class DropAuthority:
 
 @dataclass(frozen=True, slots=True)
 class MakeRequest:
-    """Make this host's key for that epoch, durably and once, and a request for it."""
-
-    epoch: int
+    """Make the key for this host's certificates, durably and once, and a request for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """Sign the request for that member, journal the answer, then tell."""
+    """Sign the request for that member, journal the answer, then tell.
+
+    `key` is the SHA-256 of the key the peer says the request is for: refuse if it is not. For a
+    member and key that were answered before in this epoch, the journalled answer is given again.
+    """
 
     member: Member
     epoch: int
     csr: bytes
+    key: str
     profiles: tuple[Profile, ...]
 
 

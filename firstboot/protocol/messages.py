@@ -56,7 +56,6 @@ class Hello:
     voter: bool
     stage: Stage
     decided: Value | None
-    wall: float
     peers: tuple[Known, ...]
 
     def __post_init__(self) -> None:
@@ -106,10 +105,11 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Enrol:
-    """Please sign this certificate request (DER PKCS#10), for this name and address."""
+    """Please sign this request (DER PKCS#10) for the key with that SHA-256, name and address."""
 
     epoch: int
     csr: bytes
+    key: str
     name: str
     host: str
 
@@ -154,6 +154,13 @@ class Confirmed:
     epoch: int
 
 
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """I have your Confirmed on disk: nothing here waits for you any more."""
+
+    epoch: int
+
+
 Message = (
     Hello
     | Prepare
@@ -166,6 +173,7 @@ Message = (
     | Denied
     | Activated
     | Confirmed
+    | Noted
 )
 TYPES: dict[str, type[Any]] = {
     kind.__name__.lower(): kind for kind in typing.get_args(Message) if isinstance(kind, type)

@@ -191,17 +191,18 @@ class Issued:
 class Stored:
     """What a host must not forget, in one file written atomically before any reply.
 
-    ``authority`` is the (epoch, fingerprint) of a cluster CA this host made and still owns.
+    ``decided`` is the newest value known to be chosen; ``activated`` is set once this host may
+    act on ACTIVE. ``authority_*`` name the cluster CA this host made and still owns.
     ``enrolled`` is this host's membership once its certificates are on disk. ``voters`` are the
-    identities ever seen that may vote, this host among them.
+    identities ever seen that may vote; ``confirmed`` the members that have ACTIVE on disk.
     """
 
     register: Register = field(default_factory=Register)
     decided: Value | None = None
+    activated: bool = False
     authority_epoch: int = 0
     authority_fingerprint: str = ""
     enrolled: Member | None = None
-    enrolled_epoch: int = 0
     enrolled_fingerprint: str = ""
     voters: tuple[str, ...] = ()
     confirmed: tuple[str, ...] = ()
