@@ -69,7 +69,8 @@ class Assembly:
         self.config, self.me, self.stored = config, me, stored
         self.payload, self.options, self.rng = payload, options, rng
         self.now = now
-        self.roster = Roster({i.member.node_id: i for i in issued})
+        self._journal = {(i.epoch, i.member.node_id): i for i in issued}
+        self.roster = self._roster(stored.decided.epoch if stored.decided else 0)
         self.book = AddressBook(limit=4 * config.expect + 64)
         self.peers: dict[str, Peer] = {}
         self.strangers: dict[str, str] = {}  # source -> kind, at most MAX_STRANGERS
@@ -441,8 +442,8 @@ class Assembly:
         return sum((not h.eligible, h.rank, i) < mine for h, i in hellos if h is not None)
 
     def _propose_at(self) -> float:
-        since = max(self.can_since or self.now, self._yield_until)
-        return since + self._rank() * RANK_STEP + self._backoff
+        can_since = self.now if self.can_since is None else self.can_since
+        return max(can_since, self._yield_until) + self._rank() * RANK_STEP + self._backoff
 
     def _replace_at(self) -> float:
         silent = max(self._master_heard + MASTER_SILENT, self._yield_until)
@@ -541,7 +542,7 @@ class Assembly:
         if len(this.accepted) >= self.quorum:
             self.round = None
             self._failed_rounds, self._backoff = 0, 0.0
-            self._learn(this.value, chosen_here=True)
+            self._learn(this.value)
 
     def _on_refused(self, message: messages.Refused) -> None:
         self._seen_number = max(self._seen_number, message.promised.number)
@@ -557,7 +558,11 @@ class Assembly:
         self._backoff = self.rng.random() * min(0.1 * 2**self._failed_rounds, 3.0)
         self._yield_until = max(self._yield_until, self.now)
 
-    def _learn(self, value: Value, *, chosen_here: bool = False) -> None:
+    def _roster(self, epoch: int) -> Roster:
+        """The members this host journalled in that epoch, should it have been its master."""
+        return Roster({node: i for (e, node), i in self._journal.items() if e == epoch})
+
+    def _learn(self, value: Value) -> None:
         """A value is known to be chosen."""
         old = self.decided
         self.active_seen |= value.active
@@ -571,12 +576,14 @@ class Assembly:
         if old is None or old.fingerprint != value.fingerprint:
             self._master_heard = self.now
             self._enrol_at, self.denied, self._storing = self.now, "", ""
-            self.roster = Roster()
             if self._owns_stale_authority(value):
-                self._actions.append(events.DropAuthority(self.stored.authority_epoch))
+                stale = self.stored.authority_epoch
+                self._journal = {k: i for k, i in self._journal.items() if k[0] > stale}
+                self._actions.append(events.DropAuthority(stale))
                 changes |= {"authority_epoch": 0, "authority_fingerprint": ""}
+            self.roster = self._roster(value.epoch)
         self.round = None
-        if value.active and chosen_here and value.founder.node_id == self.me.node_id:
+        if value.active and value.founder.node_id == self.me.node_id:
             changes["activated"] = True
         self._store(self._activated if "activated" in changes else None, **changes)
         self._greet_everyone()
@@ -655,7 +662,9 @@ class Assembly:
         value = self.decided
         if value is None or not self.founder or event.epoch != value.epoch:
             return
-        self.roster.add(Issued(event.member, event.epoch, event.key))
+        entry = Issued(event.member, event.epoch, event.key)
+        self._journal[event.epoch, event.member.node_id] = entry
+        self.roster.add(entry)
         granted = messages.Granted(
             event.epoch, event.member.name, event.certificates, event.authority
         )
