@@ -1,0 +1,220 @@
+"""This host as a member: it gets its certificates, or signs those of others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from firstboot.protocol import events, messages
+from firstboot.protocol.model import (
+    Channel,
+    ClusterConfig,
+    Endpoint,
+    Issued,
+    Member,
+    Profile,
+    Self,
+    Stored,
+)
+from firstboot.protocol.peers import Peer
+from firstboot.protocol.plan import Payload
+from firstboot.protocol.situation import Random
+from firstboot.protocol.voter import Voter
+
+RESEND = 2.0  # seconds before a request without an answer is sent again
+LEAVE_ANYWAY = 60.0  # a node stops waiting for a master that cannot note its Confirmed
+
+
+class Membership(Voter):
+    """Adds enrolment, and the cluster channel over which ACTIVE is told."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        me: Self,
+        stored: Stored,
+        issued: Iterable[Issued],
+        payload: Payload,
+        options: Mapping[str, str],
+        rng: Random,
+        now: float,
+    ) -> None:
+        super().__init__(config, me, stored, issued, payload, options, rng, now)
+        self.request: events.RequestMade | None = None
+        self.denied = ""  # why the master, or this host, refused
+        self.running_since: float | None = None
+        self.noted = False  # the master knows that this host has ACTIVE on disk
+        self.confirmed = set(stored.confirmed)
+        self._request_asked = False
+        self._storing = ""
+        self._enrol_at = self._cluster_dial_at = self._tell_at = now
+        self._active_since: float | None = now if stored.activated else None
+
+    def _membership_times(self) -> list[float]:
+        times = [self._tell_at]
+        if self.decided is not None and not self.enrolled:
+            times.append(self._enrol_at)
+        if self.enrolled and not self.founder and not self.noted:
+            times.append(self._cluster_dial_at)
+            if self.running_since is not None:
+                times.append(self.running_since + LEAVE_ANYWAY)
+        if self._active_since is not None:
+            times.append(self._active_since + self.config.join_window)
+        return times
+
+    def _enrol(self) -> None:
+        """Get this host's certificates for the decided cluster."""
+        if not self._request_asked:
+            self._request_asked = True
+            self._actions.append(events.MakeRequest())
+        value, request = self.decided, self.request
+        if value is None or request is None or self.enrolled or self._storing:
+            return
+        if self.now < self._enrol_at:
+            return
+        self._enrol_at = self.now + RESEND
+        ask = messages.Enrol(
+            value.epoch, request.csr, request.key, self.me.name, self.me.endpoint.host
+        )
+        if self.founder:
+            self._on_enrol(self.me.node_id, ask)
+        else:
+            self._send(value.founder.node_id, ask)
+
+    def _on_request(self, event: events.RequestMade) -> None:
+        self.request = event
+
+    def _on_enrol(self, sender: str, message: messages.Enrol) -> None:
+        value = self.decided
+        if value is None or not self.founder:
+            self._send(sender, self._hello())
+            return
+        peer = self.peers.get(sender)
+        seen_at = peer.seen_at if peer is not None else {self.me.endpoint.host}
+        answer = (
+            "admission is closed"
+            if self.stored.closed
+            else self.roster.decide(self.config, value, sender, message, seen_at)
+        )
+        if isinstance(answer, Member):
+            rows = self.payload.for_role(value.role_of(sender))
+            profiles = rows.profiles or (Profile.SERVER, Profile.CLIENT)
+            self._actions.append(
+                events.Sign(answer, value.epoch, message.csr, message.key, profiles)
+            )
+        else:
+            self._send(sender, messages.Denied(value.epoch, answer))
+
+    def _on_signed(self, event: events.Signed) -> None:
+        value = self.decided
+        if value is None or not self.founder or event.epoch != value.epoch:
+            return
+        entry = Issued(event.member, event.epoch, event.key)
+        self.journal[event.epoch, event.member.node_id] = entry
+        self.roster.add(entry)
+        granted = messages.Granted(
+            event.epoch, event.member.name, event.certificates, event.authority
+        )
+        if event.member.node_id == self.me.node_id:
+            self._on_granted(self.me.node_id, granted)
+        else:
+            self._send(event.member.node_id, granted)
+
+    def _on_sign_failed(self, event: events.SignFailed) -> None:
+        self.roster.pending.pop(event.node_id, None)
+        if event.node_id == self.me.node_id:
+            self.denied = event.reason
+        else:
+            self._send(event.node_id, messages.Denied(event.epoch, event.reason))
+
+    def _on_granted(self, sender: str, message: messages.Granted) -> None:
+        value = self.decided
+        if value is None or sender != value.founder.node_id or self.enrolled:
+            return
+        if message.epoch == value.epoch and not self._storing:
+            self._storing = message.name
+            self._actions.append(
+                events.StoreCertificates(
+                    value.epoch,
+                    value.fingerprint,
+                    self.me.node_id,
+                    message.certificates,
+                    message.authority,
+                )
+            )
+
+    def _on_certificates(self, event: events.CertificatesStored) -> None:
+        value = self.decided
+        if value is None or event.epoch != value.epoch or not self._storing:
+            return
+        member = Member(self.me.node_id, self._storing, self.me.endpoint.host)
+        self._storing, self.denied = "", ""
+        self._cluster_dial_at = self.now
+        self._store(enrolled=member, enrolled_fingerprint=value.fingerprint)
+
+    def _on_certificates_rejected(self, event: events.CertificatesRejected) -> None:
+        self._storing, self.denied = "", event.reason
+
+    def _keep_cluster_channel(self) -> None:
+        """A member keeps a connection to its master until the master noted it has ACTIVE."""
+        value = self.decided
+        if value is None or self.founder or not self.enrolled or self.noted:
+            return
+        peer = self.peers.get(value.founder.node_id)
+        if peer is not None and Channel.CLUSTER in peer.channels:
+            if self.may_start and self.now >= self._tell_at:
+                self._tell_at = self.now + RESEND
+                self._send(peer.node_id, messages.Confirmed(value.epoch), Channel.CLUSTER)
+        elif self.now >= self._cluster_dial_at:
+            self._cluster_dial_at = self.now + RESEND
+            port = peer.hello.endpoint.port if peer and peer.hello else self.me.endpoint.port
+            endpoint = Endpoint(value.founder.host, port)
+            self._actions.append(events.Connect(endpoint, Channel.CLUSTER))
+
+    def _on_cluster_message(
+        self, peer: Peer, message: messages.Activated | messages.Confirmed | messages.Noted
+    ) -> None:
+        value = self.decided
+        if value is None or not self.enrolled:
+            return
+        match message:
+            case messages.Activated():
+                same = message.value.fingerprint == value.fingerprint
+                told = peer.node_id == value.founder.node_id and message.value.active
+                if same and told and not self.stored.activated:
+                    self._learn(message.value)
+                    self._store(self._activated, activated=True)
+            case messages.Confirmed():
+                if self.founder and self.may_start and message.epoch == value.epoch:
+                    self._confirm(peer.node_id, value.epoch)
+            case messages.Noted():
+                if self.may_start and message.epoch == value.epoch:
+                    self.noted = True
+
+    def _confirm(self, node_id: str, epoch: int) -> None:
+        def noted() -> None:
+            self._send(node_id, messages.Noted(epoch), Channel.CLUSTER)
+
+        if node_id in self.confirmed:
+            noted()
+        else:
+            self.confirmed.add(node_id)
+            self._store(noted, confirmed=tuple(sorted(self.confirmed)))
+
+    def _forget_enrolment(self) -> None:
+        self._enrol_at, self.denied, self._storing = self.now, "", ""
+
+    def _activated(self) -> None:
+        super()._activated()
+        self._active_since = self._tell_at = self.now
+        if self.founder:
+            self._tell_unconfirmed()
+
+    def _tell_unconfirmed(self) -> None:
+        self._tell_at = self.now + RESEND
+        for peer in self.peers.values():
+            if Channel.CLUSTER in peer.channels:
+                self._tell_active(peer.node_id)
+
+    def _tell_active(self, node_id: str) -> None:
+        if self.decided is not None and node_id not in self.confirmed:
+            self._send(node_id, messages.Activated(self.decided), Channel.CLUSTER)

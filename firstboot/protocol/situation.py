@@ -1,0 +1,256 @@
+"""What one host knows: its peers, what it must not forget, and how it speaks to the outside.
+
+The base of `voter`, `membership` and `assembly`, which add what to do about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+from firstboot.protocol import election, events, messages
+from firstboot.protocol.model import (
+    Channel,
+    ClusterConfig,
+    Issued,
+    Role,
+    Self,
+    Stage,
+    Stored,
+    Value,
+)
+from firstboot.protocol.peers import AddressBook, Contact, Peer
+from firstboot.protocol.plan import Payload, Step
+
+ANNOUNCE_EVERY = (1.0, 1.0, 2.0, 3.0, 5.0)  # seconds; zeroconf alone gives up after about 14 s
+HEARTBEAT = 5.0
+MAX_STRANGERS = 16
+NEVER = float("inf")
+
+
+class Random(Protocol):
+    """The only randomness the core uses."""
+
+    def random(self) -> float:
+        """A number in [0, 1)."""
+        ...
+
+
+class Situation:
+    """The state of one host. All attributes are for reading."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        me: Self,
+        stored: Stored,
+        issued: Iterable[Issued],
+        payload: Payload,
+        options: Mapping[str, str],
+        rng: Random,
+        now: float,
+    ) -> None:
+        self.config, self.me, self.stored = config, me, stored
+        self.payload, self.options, self.rng = payload, options, rng
+        self.now = now
+        self.journal = {(i.epoch, i.member.node_id): i for i in issued}
+        self.book = AddressBook(limit=4 * config.expect + 64)
+        self.peers: dict[str, Peer] = {}
+        self.strangers: dict[str, str] = {}  # source -> kind, at most MAX_STRANGERS
+        self.stranger_count = 0
+        self.failure = ""  # a code of `status`; this host stands still
+        self.disk_error = ""
+        self.conflict: Value | None = None  # another ACTIVE cluster of this formation
+        self.active_seen = bool(stored.decided and stored.decided.active)
+        self.may_start = stored.activated  # ACTIVE is known here, and on this host's disk
+        self.voters = set(stored.voters) | ({me.node_id} if me.voter else set())
+        self.majority_since: float | None = None
+        self.plan: tuple[Step, ...] | None = None
+        self.steps_done = 0
+        self.closed = False  # admission has ended and the bootstrap channel is shut
+        self._actions: list[events.Action] = []
+        self._sequence = 0
+        self._waiting: list[tuple[int, Callable[[], None]]] = []
+        self._persist_again = NEVER
+        self._announced = 0
+        self._announce_at = now
+        self._hello_at = now + HEARTBEAT
+
+    @property
+    def decided(self) -> Value | None:
+        """The newest value known to be chosen."""
+        return self.stored.decided
+
+    @property
+    def founder(self) -> bool:
+        """Whether this host is the founding master of the decided value."""
+        return self.decided is not None and self.decided.founder.node_id == self.me.node_id
+
+    @property
+    def role(self) -> Role | None:
+        """This host's role, once one is decided."""
+        return self.decided.role_of(self.me.node_id) if self.decided else None
+
+    @property
+    def enrolled(self) -> bool:
+        """Whether this host's certificates are from the decided cluster's CA."""
+        return self.decided is not None and (
+            self.stored.enrolled_fingerprint == self.decided.fingerprint
+        )
+
+    @property
+    def running(self) -> bool:
+        """Whether every step of the plan holds."""
+        return self.plan is not None and self.steps_done == len(self.plan)
+
+    @property
+    def stage(self) -> Stage:
+        """Where this host is on its way."""
+        if self.failure:
+            return Stage.FAILED
+        if self.may_start and self.enrolled:
+            return Stage.RUNNING if self.running else Stage.STARTING
+        if self.decided is not None:
+            return Stage.SIGNING if self.founder else Stage.ENROLLING
+        enough = self.active_seen or self.present_voters() >= self.quorum
+        return Stage.DECIDING if enough else Stage.DISCOVERING
+
+    @property
+    def in_grace(self) -> bool:
+        """Whether all of ``expect`` are still waited for."""
+        since = self.majority_since
+        return since is None or self.now < since + self.config.grace
+
+    @property
+    def quorum(self) -> int:
+        """How many voters must agree at this moment."""
+        return election.quorum(self.config, in_grace=self.in_grace, voters_seen=len(self.voters))
+
+    @property
+    def overlaunched(self) -> bool:
+        """Whether more voters were seen than one cluster can be decided among."""
+        return self.decided is None and election.overlaunched(
+            self.config, in_grace=self.in_grace, voters_seen=len(self.voters)
+        )
+
+    @property
+    def open(self) -> bool:
+        """Whether this host still looks for others, or may still let some in."""
+        if self.may_start:
+            return self.founder and not self.closed
+        return True
+
+    def present_peers(self) -> list[Peer]:
+        """The peers that count at this moment."""
+        return [p for p in self.peers.values() if p.present(self.now)]
+
+    def present_voters(self) -> int:
+        """How many voters are present, this host included."""
+        peers = sum(1 for p in self.present_peers() if p.hello is not None and p.hello.voter)
+        return peers + self.me.voter
+
+    def _on_peer_found(self, event: events.PeerFound) -> None:
+        if event.endpoint != self.me.endpoint:
+            self.book.found(event.endpoint, event.provider, self.now)
+
+    def _on_stranger(self, event: events.StrangerSeen) -> None:
+        self.stranger_count += 1
+        if event.source in self.strangers or len(self.strangers) < MAX_STRANGERS:
+            self.strangers[event.source] = event.kind
+
+    def _on_misbehaved(self, event: events.PeerMisbehaved) -> None:
+        self._on_stranger(events.StrangerSeen("garbage", f"peer {event.node_id[:8]}"))
+
+    def _on_connect_failed(self, event: events.ConnectFailed) -> None:
+        if event.channel is Channel.CLUSTER:
+            return
+        self.book.failed(event.endpoint, event.reason, self.now)
+        if event.reason == "token":
+            self._on_stranger(events.StrangerSeen("token", event.endpoint.host))
+
+    def _on_disconnected(self, event: events.Disconnected) -> None:
+        peer = self.peers.get(event.node_id)
+        if peer is not None:
+            peer.channels.discard(event.channel)
+            if not peer.channels:
+                peer.since = self.now
+
+    def _mismatch(self, hello: messages.Hello) -> str:
+        if hello.version != messages.VERSION:
+            return f"speaks version {hello.version}, this host {messages.VERSION}"
+        if hello.expect != self.config.expect:
+            return f"has expect: {hello.expect}, this host has expect: {self.config.expect}"
+        if hello.agreed != self.config.agreed:
+            return "has another configuration than this host"
+        return ""
+
+    def _store(self, then: Callable[[], None] | None = None, **changes: Any) -> None:
+        """Change what must not be forgotten; run `then` only once it is on disk."""
+        self.stored = replace(self.stored, **changes)
+        self._sequence += 1
+        if then is not None:
+            self._waiting.append((self._sequence, then))
+        self._actions.append(events.Persist(self._sequence, self.stored))
+
+    def _on_persist_done(self, event: events.PersistDone) -> None:
+        self.disk_error, self._persist_again = "", NEVER
+        ready = [then for number, then in self._waiting if number <= event.sequence]
+        self._waiting = [(n, then) for n, then in self._waiting if n > event.sequence]
+        for then in ready:
+            then()
+
+    def _on_persist_failed(self, event: events.PersistFailed) -> None:
+        self.disk_error = event.reason
+        self._persist_again = self.now + 1.0
+
+    def _announce(self) -> None:
+        if not self.open:
+            self._announce_at = NEVER
+        elif self.now >= self._announce_at:
+            pause = ANNOUNCE_EVERY[min(self._announced, len(ANNOUNCE_EVERY) - 1)]
+            self._announced += 1
+            self._announce_at = self.now + pause
+            self._actions.append(events.Announce())
+
+    def _contacts_to_dial(self) -> list[Contact]:
+        if not self.open:
+            return []
+        connected = {p.node_id for p in self.peers.values() if Channel.BOOTSTRAP in p.channels}
+        return self.book.waiting(connected | {self.me.node_id})
+
+    def _dial(self) -> None:
+        for contact in self._contacts_to_dial():
+            if self.now >= contact.dial_at:
+                contact.dialling = True
+                self._actions.append(events.Connect(contact.endpoint, Channel.BOOTSTRAP))
+
+    def _send(
+        self, node_id: str, message: messages.Message, channel: Channel = Channel.BOOTSTRAP
+    ) -> None:
+        self._actions.append(events.Send(node_id, channel, message))
+
+    def _greet_everyone(self) -> None:
+        self._hello_at = self.now + HEARTBEAT
+        hello = self._hello()
+        for peer in self.peers.values():
+            if Channel.BOOTSTRAP in peer.channels:
+                self._send(peer.node_id, hello)
+
+    def _hello(self) -> messages.Hello:
+        present = [(p.node_id, p.hello) for p in self.present_peers()]
+        known = [messages.Known(i, h.endpoint) for i, h in present if h is not None]
+        return messages.Hello(
+            version=messages.VERSION,
+            boot=self.me.boot,
+            expect=self.config.expect,
+            agreed=self.config.agreed,
+            name=self.me.name,
+            endpoint=self.me.endpoint,
+            rank=self.me.rank,
+            eligible=self.me.eligible,
+            voter=self.me.voter,
+            stage=self.stage,
+            decided=self.decided,
+            peers=tuple(known[: messages.MAX_PEERS]),
+        )

@@ -1,0 +1,311 @@
+"""This host as a voter: it promises, accepts and proposes, by the rules of `election`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from firstboot.protocol import election, events, messages
+from firstboot.protocol.election import Purpose, Round
+from firstboot.protocol.enrolment import Roster
+from firstboot.protocol.model import ClusterConfig, Issued, Member, Self, Stored, Value
+from firstboot.protocol.plan import Payload
+from firstboot.protocol.situation import HEARTBEAT, Random, Situation
+
+RANK_STEP = 0.3  # head start of each better-ranked host before the next proposes, seconds
+YIELD = 1.0  # how long a promise keeps a host from proposing itself
+ROUND_TIME = 2.0
+MASTER_SILENT = 30.0  # before a master of a CANDIDATE may be replaced
+
+
+class Voter(Situation):
+    """Adds the register to the situation: acceptor, proposer, and what was learnt."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        me: Self,
+        stored: Stored,
+        issued: Iterable[Issued],
+        payload: Payload,
+        options: Mapping[str, str],
+        rng: Random,
+        now: float,
+    ) -> None:
+        super().__init__(config, me, stored, issued, payload, options, rng, now)
+        self.roster = self._roster(stored.decided.epoch if stored.decided else 0)
+        self.round: Round | None = None
+        self.can_since: float | None = None  # since when a quorum is present
+        self.master_heard = now
+        self._yield_until = now
+        self._backoff = 0.0
+        self._failed_rounds = 0
+        self._seen_number = 0
+        self._authority_asked = 0
+
+    def _on_prepare(self, sender: str, message: messages.Prepare) -> None:
+        ballot = message.ballot
+        self._seen_number = max(self._seen_number, ballot.number)
+        if not self._may_vote(sender):
+            return
+        if message.replacing and self._master_lives(sender, message.replacing):
+            self._send(sender, messages.Refused(ballot, self.stored.register.promised, True))
+            return
+        promised = election.promise(self.stored.register, ballot)
+        if promised is None:
+            self._send(sender, messages.Refused(ballot, self.stored.register.promised))
+            return
+        self._yield_until = self.now + YIELD
+        reply = messages.Promise(ballot, promised.accepted, promised.value)
+        self._store(lambda: self._send(sender, reply), register=promised)
+
+    def _on_accept(self, sender: str, message: messages.Accept) -> None:
+        self._seen_number = max(self._seen_number, message.ballot.number)
+        if not self._may_vote(sender):
+            return
+        accepted = election.accept(self.stored.register, message.ballot, message.value)
+        if accepted is None:
+            refusal = messages.Refused(message.ballot, self.stored.register.promised)
+            self._send(sender, refusal)
+            return
+        self._yield_until = self.now + YIELD
+        reply = messages.Accepted(message.ballot)
+        self._store(lambda: self._send(sender, reply), register=accepted)
+
+    def _may_vote(self, sender: str) -> bool:
+        """Votes end with ACTIVE: whoever still asks is told about it."""
+        if self.decided is not None and self.decided.active:
+            self._send(sender, self._hello())
+            return False
+        return self.me.voter
+
+    def _master_lives(self, sender: str, epoch: int) -> bool:
+        """Whether the master of `epoch` needs no replacing, as far as this host can tell."""
+        value = self.decided or self.stored.register.value
+        if value is None or value.epoch != epoch or value.founder.node_id == sender:
+            return False
+        return self.founder or self.now - self.master_heard < MASTER_SILENT
+
+    def _decision_times(self) -> list[float]:
+        times = []
+        if self.majority_since is not None and self.in_grace:
+            times.append(self.majority_since + self.config.grace)
+        if self.round is not None:
+            times.append(self.round.expires)
+        elif self.decided is None and self.can_since is not None:
+            times.append(self._propose_at())
+        elif self.decided is not None and not self.decided.active:
+            times.append(self._yield_until + self._backoff if self.founder else self._replace_at())
+        return times
+
+    def _decide(self) -> None:
+        """Propose, replace or activate if it is this host's turn."""
+        if self.round is not None and self.now >= self.round.expires:
+            self._give_up()
+        enough = self.me.voter and self.present_voters() >= self.quorum
+        if self.majority_since is None and self.present_voters() >= self.config.majority:
+            self.majority_since = self.now
+            enough = self.me.voter and self.present_voters() >= self.quorum
+        if not enough or self.overlaunched:
+            self.can_since = None
+            return
+        if self.can_since is None:
+            self.can_since = self.now
+        if self.round is not None:
+            return
+        if self.decided is None:
+            self._found_or_finish()
+        elif not self.decided.active:
+            if self.founder:
+                self._activate_when_enrolled(self.decided)
+            elif self.now >= self._replace_at() and self.me.eligible:
+                self._start_round(Purpose.REPLACE, self.decided)
+
+    def _found_or_finish(self) -> None:
+        """Propose this host as master, or finish what it saw another begin."""
+        if self.active_seen or self.now < self._propose_at():
+            return
+        if self.me.eligible and self._masters():
+            self._start_round(Purpose.FOUND, None)
+        elif self.stored.register.value is not None:
+            self._start_round(Purpose.READ, None)
+
+    def _rank(self) -> int:
+        """How many present hosts come before this one as proposers."""
+        mine = (not self.me.eligible, self.me.rank, self.me.node_id)
+        hellos = [(p.hello, p.node_id) for p in self.present_peers()]
+        return sum((not h.eligible, h.rank, i) < mine for h, i in hellos if h is not None)
+
+    def _propose_at(self) -> float:
+        can_since = self.now if self.can_since is None else self.can_since
+        return max(can_since, self._yield_until) + self._rank() * RANK_STEP + self._backoff
+
+    def _replace_at(self) -> float:
+        silent = max(self.master_heard + MASTER_SILENT, self._yield_until)
+        return silent + self._rank() * RANK_STEP + self._backoff
+
+    def _start_round(self, purpose: Purpose, base: Value | None) -> None:
+        ballot = election.next_ballot(self.stored.register, self._seen_number, self.me.node_id)
+        promised = election.promise(self.stored.register, ballot)
+        if promised is None:
+            return
+        this = Round(ballot, purpose, self.now + ROUND_TIME, base)
+        self.round = this
+        if purpose is Purpose.FOUND:
+            self._ask_authority(1)  # while the promises travel
+        own = messages.Promise(ballot, promised.accepted, promised.value)
+
+        def promised_myself() -> None:
+            if self.round is this:
+                for peer in self.present_peers():
+                    self._send_round(peer.node_id, this)
+                self._on_promise(self.me.node_id, own)
+
+        self._store(promised_myself, register=promised)
+
+    def _send_round(self, node_id: str, this: Round) -> None:
+        if this.value is not None:
+            self._send(node_id, messages.Accept(this.ballot, this.value))
+        else:
+            self._send(node_id, messages.Prepare(this.ballot, this.replacing))
+
+    def _on_promise(self, sender: str, message: messages.Promise) -> None:
+        this = self.round
+        if this is None or message.ballot != this.ballot or this.value is not None:
+            return
+        this.promises[sender] = message
+        self._second_phase(this)
+
+    def _second_phase(self, this: Round) -> None:
+        """With a quorum of promises, propose what they call for."""
+        if self.round is not this or this.value is not None or len(this.promises) < self.quorum:
+            return
+        value = self._change(this) if this.changes() else this.found()
+        accepted = value and election.accept(self.stored.register, this.ballot, value)
+        if value is None or accepted is None:
+            if not self._authority_asked:
+                self._give_up()
+            return
+        this.value = value
+        own = messages.Accepted(this.ballot)
+        self._store(lambda: self._on_accepted(self.me.node_id, own), register=accepted)
+        for peer in self.present_peers():
+            self._send(peer.node_id, messages.Accept(this.ballot, value))
+
+    def _change(self, this: Round) -> Value | None:
+        """The round's change applied; None while the cluster CA it needs is being made."""
+        if this.purpose is Purpose.ACTIVATE and this.base is not None:
+            return replace(this.base, active=True, members=len(self.roster.issued))
+        epoch = this.base.epoch + 1 if this.purpose is Purpose.REPLACE and this.base else 1
+        if self.stored.authority_epoch != epoch:
+            self._ask_authority(epoch)
+            return None
+        masters = self._masters()
+        if not masters:
+            return None
+        return Value(epoch, self.stored.authority_fingerprint, masters)
+
+    def _masters(self) -> tuple[Member, ...]:
+        """This host first, then the best-ranked present hosts; empty if there are too few."""
+        peers = [p for p in self.present_peers() if p.hello and p.hello.eligible]
+        peers.sort(key=lambda p: (p.hello.rank if p.hello else 0, p.node_id))
+        chosen = [Member(self.me.node_id, self.me.name, self.me.endpoint.host)]
+        for peer in peers[: self.config.masters - 1]:
+            if peer.hello is not None:
+                chosen.append(Member(peer.node_id, peer.hello.name, peer.hello.endpoint.host))
+        return election.name_members(chosen) if len(chosen) == self.config.masters else ()
+
+    def _ask_authority(self, epoch: int) -> None:
+        if self.stored.authority_epoch != epoch and self._authority_asked != epoch:
+            self._authority_asked = epoch
+            self._actions.append(events.MakeAuthority(epoch))
+
+    def _on_authority(self, event: events.AuthorityMade) -> None:
+        self._authority_asked = 0
+
+        def on_disk() -> None:
+            if self.round is not None:
+                self._second_phase(self.round)
+
+        self._store(on_disk, authority_epoch=event.epoch, authority_fingerprint=event.fingerprint)
+
+    def _on_accepted(self, sender: str, message: messages.Accepted) -> None:
+        this = self.round
+        if this is None or this.value is None or message.ballot != this.ballot:
+            return
+        this.accepted.add(sender)
+        if len(this.accepted) >= self.quorum:
+            self.round = None
+            self._failed_rounds, self._backoff = 0, 0.0
+            self._learn(this.value)
+
+    def _on_refused(self, message: messages.Refused) -> None:
+        self._seen_number = max(self._seen_number, message.promised.number)
+        if self.round is not None and message.ballot == self.round.ballot:
+            self._give_up()
+            if message.master_alive:
+                self._backoff = max(self._backoff, HEARTBEAT)
+
+    def _give_up(self) -> None:
+        """This ballot lost: wait a random while, longer each time, before the next."""
+        self.round = None
+        self._failed_rounds += 1
+        self._backoff = self.rng.random() * min(0.1 * 2**self._failed_rounds, 3.0)
+        self._yield_until = max(self._yield_until, self.now)
+
+    def _roster(self, epoch: int) -> Roster:
+        """The members this host journalled in that epoch, should it have been its master."""
+        return Roster({node: i for (e, node), i in self.journal.items() if e == epoch})
+
+    def _learn(self, value: Value) -> None:
+        """A value is known to be chosen."""
+        old = self.decided
+        self.active_seen |= value.active
+        if old is not None and old.active:
+            if value.active and value.cluster_id != old.cluster_id:
+                self.conflict = value  # two clusters: raise the alarm, touch nothing
+            return
+        if not election.supersedes(value, old):
+            return
+        changes: dict[str, Any] = {"decided": value}
+        if old is None or old.fingerprint != value.fingerprint:
+            self.master_heard = self.now
+            self._forget_enrolment()
+            if self._owns_stale_authority(value):
+                stale = self.stored.authority_epoch
+                self.journal = {k: i for k, i in self.journal.items() if k[0] > stale}
+                self._actions.append(events.DropAuthority(stale))
+                changes |= {"authority_epoch": 0, "authority_fingerprint": ""}
+            self.roster = self._roster(value.epoch)
+        self.round = None
+        if value.active and value.founder.node_id == self.me.node_id:
+            changes["activated"] = True
+        self._store(self._activated if "activated" in changes else None, **changes)
+        self._greet_everyone()
+
+    def _forget_enrolment(self) -> None:
+        """Another cluster CA was decided: what was asked of the old one is void."""
+
+    def _activated(self) -> None:
+        """ACTIVE is on this host's disk: from here on it may act on it."""
+        self.may_start = True
+
+    def _owns_stale_authority(self, value: Value) -> bool:
+        return (
+            0 < self.stored.authority_epoch <= value.epoch
+            and self.stored.authority_fingerprint != value.fingerprint
+        )
+
+    def _activate_when_enrolled(self, value: Value) -> None:
+        issued = self.roster.issued
+        masters_in = all(m.node_id in issued for m in value.masters)
+        enough = len(issued) >= (self.config.expect if self.in_grace else self.quorum)
+        if self.config.strict:
+            enough = len(issued) >= self.config.expect
+        if not (self.enrolled and enough) or self.now < self._yield_until + self._backoff:
+            return
+        if masters_in:
+            self._start_round(Purpose.ACTIVATE, value)
+        elif not self.in_grace:
+            self._start_round(Purpose.REPLACE, value)  # name other masters beside this host
