@@ -1,0 +1,28 @@
+"""The one document every host reads: found, merged, checked strictly, made into a Document.
+
+token     the shared secret and what a good one looks like
+reading   bytes to plain values, each with the position it was said at (the only user of yaml)
+rules     the shipped JSON Schema and errors in words (the only user of fastjsonschema)
+document  the meaning: defaults, addresses, what must agree
+places    where a host's configuration may lie, and why it has none
+carried   a document inside a cloud-config or an Ignition configuration, for ``validate``
+
+Importing this loads neither yaml nor fastjsonschema; the first use does.
+"""
+
+from firstboot.userdata.carried import parse
+from firstboot.userdata.document import Document, ProviderSpec
+from firstboot.userdata.places import explain, find, read_file
+from firstboot.userdata.token import Secret, check_token, make_token
+
+__all__ = [
+    "Document",
+    "ProviderSpec",
+    "Secret",
+    "check_token",
+    "explain",
+    "find",
+    "make_token",
+    "parse",
+    "read_file",
+]

@@ -1,0 +1,161 @@
+"""A document on its own, or carried by a cloud-config or an Ignition configuration.
+
+For ``firstboot validate FILE``, which runs anywhere: it sees what a launch would be given.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from firstboot.protocol.errors import UserError
+from firstboot.userdata.document import Document, make
+from firstboot.userdata.places import CONFIG, DROP_INS
+from firstboot.userdata.reading import (
+    MAX_BYTES,
+    Node,
+    Said,
+    children,
+    compose,
+    read,
+    said_by,
+    text_of,
+)
+
+
+def parse(data: bytes, name: str) -> Document:
+    """The Document in these bytes, which came from `name`; UserError and nothing else.
+
+    Where a cloud-config or an Ignition configuration carries the document, positions refer to
+    the document inside, and its path stands in the error's `where`.
+    """
+    text = text_of(data, name)
+    layers, warnings = _unwrapped(text, name)
+    if not layers:
+        hint = "write lines such as: cluster: demo"
+        raise UserError("the document is empty", where=name, hint=hint)
+    return make(layers, (name,), warnings)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A file that a cloud-config or an Ignition configuration writes."""
+
+    path: str
+    data: bytes | None  # None: fetched from elsewhere, or not decodable
+    mode: int
+    late: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Its precedence among the places of a configuration, -1 if it is none."""
+        folder, _, base = self.path[1:].rpartition("/")
+        if self.path == f"/{CONFIG}":
+            return 0
+        is_drop_in = folder in DROP_INS and base.endswith(".yaml") and not base.startswith(".")
+        return 1 + DROP_INS.index(folder) if is_drop_in else -1
+
+
+def _unwrapped(text: str, name: str) -> tuple[list[Said], list[str]]:
+    """The layers a text holds, lowest precedence first, and warnings."""
+    if text.lstrip().startswith("{"):
+        try:
+            whole = json.loads(text)
+        except (ValueError, RecursionError):
+            whole = {}  # flow YAML, perhaps; the reader below will say
+        if "ignition" in whole:
+            return _from_files(_ignition_files(whole), name, [])
+    root = compose(text, name)
+    keys = children(root)
+    if text.startswith("#cloud-config") or keys.keys() & {"firstboot", "write_files"}:
+        said = said_by(keys.get("firstboot"), name)
+        return _from_files(_cloud_files(keys.get("write_files")), name, [said] if said else [])
+    said = said_by(root, name)
+    return [said] if said else [], []
+
+
+def _from_files(
+    files: list[_Written], name: str, layers: list[Said]
+) -> tuple[list[Said], list[str]]:
+    """The layers that written files make above those given, and warnings about the files."""
+    warnings = []
+    ours = sorted((f for f in files if f.rank >= 0), key=lambda f: (f.rank, f.path))
+    for file in ours:
+        inner = f"{name}, {file.path} in it"
+        if file.data is None:
+            message = "the contents are not in this file or cannot be decoded"
+            raise UserError(message, where=inner)
+        said = read(text_of(file.data, inner), inner)
+        layers += [said] if said else []
+        if said and "token" in said.data and file.mode & 0o044:
+            warnings.append(f"{inner} will be readable by others: give it the mode 0600")
+        if file.late:
+            warnings.append(f"{inner} will be written after firstboot looks: remove defer")
+    if not layers:
+        hint = f"have it write /{CONFIG}"
+        raise UserError("this holds no firstboot configuration", where=name, hint=hint)
+    return layers, warnings
+
+
+def _cloud_files(node: Node | None) -> list[_Written]:
+    """cloud-init's write_files (its module cc_write_files; the default mode is 0644)."""
+    files = []
+    for item in node.value if node is not None and node.id == "sequence" else []:
+        fields = {key: v for key, v in children(item).items() if v.id == "scalar"}
+        texts = {key: str(v.value) for key, v in fields.items()}
+        data = texts["content"].encode("utf-8", "surrogatepass") if "content" in texts else None
+        encoding = texts.get("encoding", "").lower()
+        tagged = "content" in fields and fields["content"].tag.endswith(":binary")
+        data = _decoded(data, base64=tagged or "64" in encoding, gzip="gz" in encoding)
+        octal = re.fullmatch("(?:0o?)?([0-7]{1,4})", texts.get("permissions", "0644"))
+        mode = int(octal[1], 8) if octal else 0o644
+        late = texts.get("defer", "false").lower() in ("true", "yes", "on")
+        files.append(_Written(texts.get("path", ""), data, mode, late))
+    return files
+
+
+def _ignition_files(whole: dict[str, Any]) -> list[_Written]:
+    """Ignition's storage.files, contents in a data: URL (RFC 2397); its default mode is 0644."""
+    from urllib.parse import unquote_to_bytes
+
+    files = []
+    for item in _items(_fields(whole.get("storage")).get("files")):
+        file = _fields(item)
+        contents = _fields(file.get("contents"))
+        scheme, _, rest = str(contents.get("source", "")).partition(":")
+        media, comma, body = rest.partition(",")
+        quoted = body.encode("utf-8", "surrogatepass")
+        data = unquote_to_bytes(quoted) if scheme == "data" and comma else None
+        gzip = contents.get("compression") == "gzip"
+        data = _decoded(data, base64=media.endswith(";base64"), gzip=gzip)
+        mode = file.get("mode")
+        octal = mode if isinstance(mode, int) else 0o644
+        files.append(_Written(str(file.get("path", "")), data, octal))
+    return files
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _decoded(data: bytes | None, *, base64: bool, gzip: bool) -> bytes | None:
+    """Undo base64, then gzip, to `MAX_BYTES` + 1 at most; None if they do not fit."""
+    import binascii
+    import zlib
+
+    try:
+        if data is not None and base64:
+            data = binascii.a2b_base64(data)
+        if data is not None and gzip:
+            stream = zlib.decompressobj(wbits=31)  # 31: the gzip format (zlib.h)
+            data = stream.decompress(data, MAX_BYTES + 1)
+            return data if stream.eof or len(data) > MAX_BYTES else None
+    except (ValueError, zlib.error):
+        return None
+    return data

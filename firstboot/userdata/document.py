@@ -1,0 +1,172 @@
+"""What the configuration means: checked, complete, in the core's nouns."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from firstboot.protocol.errors import UserError
+from firstboot.protocol.model import ClusterConfig, Endpoint
+from firstboot.userdata.reading import Place, Said, merged
+from firstboot.userdata.rules import check, dotted, filled, wrong
+from firstboot.userdata.token import HIDDEN, REMEDY, Secret, check_token
+
+UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+SHARED = ("cluster", "expect", "masters", "payload", "formation")
+
+
+@dataclass(frozen=True)
+class ProviderSpec:
+    """A way to find peers. `static` has the option ``addresses``: a tuple of Endpoint."""
+
+    name: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Document:
+    """What the configuration says.
+
+    `interface` and `cidr` are "" where not given. `prefer` and `never` hold match mappings: all
+    keys of one must fit a host. `options` are the payload's own, as variables for its texts.
+    `sources` are the files read, lowest precedence first.
+    """
+
+    config: ClusterConfig
+    token: Secret
+    discovery: tuple[ProviderSpec, ...]
+    interface: str
+    cidr: str
+    port: int
+    prefer: tuple[Mapping[str, Any], ...]
+    never: tuple[Mapping[str, Any], ...]
+    options: Mapping[str, str]
+    sources: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def formation_id(self) -> str:
+        """``cluster`` or ``cluster/formation``: one reading only, a DNS label has no slash."""
+        name = self.config.cluster
+        return f"{name}/{self.config.formation}" if self.config.formation else name
+
+
+def make(layers: Sequence[Said], sources: Sequence[str], warnings: Sequence[str]) -> Document:
+    """Merge the layers (lowest precedence first), check them, and make the Document.
+
+    The token leaves the values before anything else looks at them, so no error can quote it.
+    """
+    said = merged(layers)
+    token = said.data.get("token", "")
+    if "token" in said.data:
+        where = said.where(("token",))
+        if not isinstance(token, str):
+            raise UserError("the token is not a text", where=where, hint=REMEDY)
+        check_token(token, where)
+        said.data["token"] = HIDDEN
+    check(said)
+    full = filled(said.data)
+    if full["masters"] > full["expect"]:
+        message = f"masters ({full['masters']}) is more than expect ({full['expect']})"
+        raise said.error(("masters",), message, "launch more hosts or choose fewer masters")
+    network, election, payload = full["network"], full["election"], full["payload"]
+    if network["cidr"]:
+        _check_network(said, ("network", "cidr"), network["cidr"], prefix=True)
+    options = {f"{payload}_{key}": str(item) for key, item in full.get(payload, {}).items()}
+    return Document(
+        config=_config(full, options),
+        token=Secret(token),
+        discovery=_discovery(said, full["discovery"], network["port"]),
+        interface=network["interface"],
+        cidr=network["cidr"],
+        port=network["port"],
+        prefer=_matches(said, "prefer", election["prefer"]),
+        never=_matches(said, "never", election["never"]),
+        options=options,
+        sources=tuple(sources),
+        warnings=tuple(warnings),
+    )
+
+
+def _config(full: Mapping[str, Any], options: Mapping[str, str]) -> ClusterConfig:
+    """The core's part. `agreed` hashes the meaning, so 120s and 2m are the same."""
+    extra = None if full["join"]["extra"] == "unlimited" else full["join"]["extra"]
+    grace = _milliseconds(full["election"]["grace"])
+    window = _milliseconds(full["join"]["window"])
+    agreed = {key: full[key] for key in SHARED} | {
+        "options": dict(options),
+        "election": {"strict": full["election"]["strict"], "grace": grace},
+        "join": {"extra": extra, "window": window},
+    }
+    canonical = json.dumps(agreed, sort_keys=True, separators=(",", ":")).encode()
+    return ClusterConfig(
+        cluster=full["cluster"],
+        expect=full["expect"],
+        masters=full["masters"],
+        strict=full["election"]["strict"],
+        grace=grace / 1000,
+        payload=full["payload"],
+        formation=full["formation"],
+        join_extra=extra,
+        join_window=window / 1000,
+        agreed=hashlib.sha256(canonical).hexdigest(),
+    )
+
+
+def _milliseconds(text: str) -> int:
+    number, unit = re.findall(r"[0-9]+|[a-z]+", text)
+    return int(number) * UNITS[unit]
+
+
+def _check_network(said: Said, place: Place, text: str, *, prefix: bool) -> None:
+    """Raise UserError unless `text` is a network or, without `prefix`, perhaps an address."""
+    try:
+        inside = ipaddress.ip_interface(text)
+    except ValueError:
+        raise wrong(said, place) from None
+    if prefix and "/" not in text:
+        raise wrong(said, place)
+    if "/" in text and inside.ip != inside.network.network_address:
+        message = f"{dotted(place)} names a host, not a network"
+        raise said.error(place, message, f"write {inside.network}")
+
+
+def _matches(said: Said, key: str, listed: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
+    for i, match in enumerate(listed):
+        if "address" in match:
+            place = ("election", key, str(i), "address")
+            _check_network(said, place, match["address"], prefix=False)
+    return tuple({**m, "mac": m["mac"].lower()} if "mac" in m else dict(m) for m in listed)
+
+
+def _discovery(said: Said, listed: Any, port: int) -> tuple[ProviderSpec, ...]:
+    """The providers, each once; all static addresses in one."""
+    names: dict[str, Mapping[str, Any]] = {}
+    addresses: tuple[Endpoint, ...] = ()
+    for i, item in enumerate(["auto"] if listed == "auto" else listed):
+        if isinstance(item, str):
+            names["mdns"] = {}
+            continue
+        for j, text in enumerate(item["static"]):
+            place = ("discovery", str(i), "static", str(j))
+            addresses = (*addresses, _endpoint(said, place, text, port))
+        names["static"] = {"addresses": addresses}
+    return tuple(ProviderSpec(name, options) for name, options in names.items())
+
+
+def _endpoint(said: Said, place: Place, text: str, port: int) -> Endpoint:
+    split = re.fullmatch(
+        r"\[(?P<v6>.+)\]:(?P<p6>[0-9]{1,5})|(?P<v4>[^:]+):(?P<p4>[0-9]{1,5})", text
+    )
+    host = (split["v6"] or split["v4"]) if split else text
+    try:
+        number = int(split["p6"] or split["p4"]) if split else port
+        return Endpoint(str(ipaddress.ip_address(host)), number)
+    except ValueError:
+        must = "an IP address, with or without a port"
+        raise wrong(said, place, must, "for example: 10.0.0.5 or [fd00::5]:7443") from None

@@ -1,0 +1,155 @@
+"""The shipped JSON Schema, and its violations as sentences with a position and a remedy."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from firstboot.protocol.errors import UserError
+from firstboot.userdata.reading import MAX_SHOWN, Place, Said, show
+from firstboot.userdata.token import REMEDY
+
+PROVIDERS = ("auto", "mdns", "static")
+LATER_PROVIDERS = ("dns", "ec2", "openstack", "sweep", "http")
+
+
+@cache
+def schema() -> dict[str, Any]:
+    """The JSON Schema (draft-07), with its references written out."""
+    text = (Path(__file__).parents[1] / "schema.json").read_text(encoding="utf-8")
+    shared = json.loads(text)["definitions"]
+
+    # fastjsonschema 2.16 loses list indexes in the path of an error below a reference.
+    def inline(found: dict[str, Any]) -> Any:
+        ref = str(found.get("$ref", ""))
+        return shared[ref.rpartition("/")[2]] if ref else found
+
+    rules: dict[str, Any] = json.loads(text, object_hook=inline)
+    return rules
+
+
+@cache
+def validator() -> Callable[[Any], Any]:
+    """The schema compiled; raises fastjsonschema.JsonSchemaValueException."""
+    import fastjsonschema
+
+    validate: Callable[[Any], Any] = fastjsonschema.compile(schema(), use_default=False)
+    return validate
+
+
+def check(said: Said) -> None:
+    """Raise UserError for the first thing the schema does not allow.
+
+    Unknown keys come first: a mistyped key is also a missing one, and that would say less.
+    """
+    import fastjsonschema
+
+    for place, near in _unknown_keys(schema(), said.data, ()):
+        inside = f" in {dotted(place[:-1])}" if place[:-1] else ""
+        known = ", ".join(rule_for(place[:-1])["properties"])
+        hint = f"did you mean {near}?" if near else f"known here: {known}"
+        message = _named("unknown key", place[-1]) + inside
+        raise UserError(message, where=said.where(place, key=True), hint=hint)
+    for key in schema()["required"]:
+        if key not in said.data:
+            hint = f"add: {example((key,))} ({rule_for((key,))['x-must']})"
+            raise said.error((), f"{key} is missing", REMEDY if key == "token" else hint)
+    _check_providers(said)
+    try:
+        validator()(said.data)
+    except fastjsonschema.JsonSchemaValueException as error:
+        place = tuple(error.path[1:])
+    else:
+        return
+    raise wrong(said, place)
+
+
+def wrong(said: Said, place: Place, must: str = "", hint: str = "") -> UserError:
+    """The value at `place` is not what the schema, or `must`, asks for."""
+    rule, value = rule_for(place), said.data
+    for step in place:
+        value = value[int(step)] if isinstance(value, list) else value[step]
+    if isinstance(value, int) and re.search(rule.get("pattern", r"\A\Z"), str(value)):
+        hint = "put it in quotes"
+    named = place[: 1 + max(i for i, step in enumerate(place) if not step.isdigit())]
+    hint = hint or f"for example: {example(named)}"
+    message = f"{dotted(place)} must be {must or rule['x-must']}, not {show(value)}"
+    return said.error(place, message, hint)
+
+
+def rule_for(place: Place) -> dict[str, Any]:
+    """The part of the schema for a place, or for the nearest one above that it describes."""
+    rule = schema()
+    for step in place:
+        below = rule.get("items") if step.isdigit() else rule.get("properties", {}).get(step)
+        if below is None:
+            break
+        rule = below
+    return rule
+
+
+def filled(given: Mapping[str, Any], rule: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`given`, which was checked, with the schema's defaults for what it does not say."""
+    full: dict[str, Any] = {}
+    for key, part in (rule or schema())["properties"].items():
+        if "properties" in part:
+            full[key] = filled(given.get(key, {}), part)
+        elif key in given or "default" in part:
+            full[key] = given.get(key, part.get("default"))
+    return full
+
+
+def example(place: Place) -> str:
+    """How a key may be written, from the schema's examples: ``grace: 120s``."""
+    first = rule_for(place)["examples"][0]
+    return f"{place[-1]}: {show(first) if isinstance(first, bool) else first}"
+
+
+def dotted(place: Place) -> str:
+    """A place as people write it: ``election.prefer[0].mac``."""
+    return "".join(f"[{step}]" if step.isdigit() else f".{step}" for step in place).lstrip(".")
+
+
+def _named(what: str, name: str) -> str:
+    shown = show(name)
+    return f"{what} {shown}" if shown.startswith(("'", '"')) else what
+
+
+def _unknown_keys(rule: Mapping[str, Any], value: Any, place: Place) -> Iterator[tuple[Place, str]]:
+    """Each key the schema does not know, with the nearest one that it does ("" if none is)."""
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _unknown_keys(rule.get("items", {}), item, (*place, str(i)))
+    if isinstance(value, dict) and "properties" in rule:
+        for key, item in value.items():
+            if key in rule["properties"]:
+                yield from _unknown_keys(rule["properties"][key], item, (*place, key))
+            else:
+                near = difflib.get_close_matches(key[:MAX_SHOWN], rule["properties"], n=1)
+                yield (*place, key), "".join(near)
+
+
+def _check_providers(said: Said) -> None:
+    """Name the provider that is wrong; the schema alone could only say that one is."""
+    listed = said.data.get("discovery")
+    for i, item in enumerate(listed if isinstance(listed, list) else []):
+        name = next(iter(item)) if isinstance(item, dict) and len(item) == 1 else item
+        place = ("discovery", str(i))
+        if isinstance(name, str) and name in LATER_PROVIDERS:
+            message = f"the discovery provider {name} is not in this release"
+            raise said.error(place, message, "use mdns or static")
+        if isinstance(name, str) and name not in PROVIDERS:
+            message = _named("unknown discovery provider", name)
+            raise said.error(place, message, f"known: {', '.join(PROVIDERS)}")
+        if item not in ("auto", "mdns") and not _is_static(item):
+            raise wrong(said, place, "auto, mdns or {static: [ADDRESS, …]}")
+
+
+def _is_static(item: object) -> bool:
+    listed = item.get("static") if isinstance(item, dict) and len(item) == 1 else None
+    return isinstance(listed, list) and bool(listed) and all(isinstance(x, str) for x in listed)

@@ -1,0 +1,85 @@
+"""The token: one secret all hosts share. Strong, checksummed, never shown."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from firstboot.protocol.errors import UserError
+
+ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u
+BODY, CHECK, GROUP = 32, 4, 6  # characters of 5 bits: 160 random bits, 20 bits of checksum
+TOKEN = re.compile(rf"fb1(-[{ALPHABET}]{{6}}){{6}}\Z")
+# Words with a letter or sign outside the alphabet, so no real token can contain one by chance.
+PLACEHOLDER = re.compile(r"…|\.\.\.|<|changeme|change-me|replace|example|placeholder|token", re.I)
+HIDDEN = "***"
+REMEDY = "make one with: firstboot token"
+
+
+class Secret:
+    """A text that is never shown by accident; `reveal` is the only way to it."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """The text itself."""
+        return self._text
+
+    def __repr__(self) -> str:
+        return HIDDEN
+
+    def __format__(self, spec: str) -> str:
+        return format(HIDDEN, spec)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
+def make_token() -> str:
+    """A new token: prefix, 160 bits from the system's CSPRNG, checksum; in groups of six."""
+    import secrets
+
+    body = "".join(secrets.choice(ALPHABET) for _ in range(BODY))
+    return assemble(body)
+
+
+def assemble(body: str) -> str:
+    """The token with these 32 characters: prefix and checksum added, grouped."""
+    text = body + _checksum(body)
+    return "-".join(["fb1", *(text[i : i + GROUP] for i in range(0, len(text), GROUP))])
+
+
+def check_token(text: str, where: str = "") -> None:
+    """Raise UserError unless `text` is a token as `make_token` makes them; it is not quoted."""
+    complaint = _complaint(text)
+    if complaint:
+        raise UserError(f"the token {complaint}", where=where, hint=REMEDY)
+
+
+def _complaint(text: str) -> str:
+    body = text[4:].replace("-", "")
+    if not text or PLACEHOLDER.search(text):
+        return "is a placeholder"
+    if not text.startswith("fb1-"):
+        return "does not start with fb1-"
+    if len(body) < BODY + CHECK:
+        return "is too short: it is weak or was cut off"
+    body, check = body[:BODY], body[BODY:]
+    # 32 random characters hold about 20 different ones; fewer than 8 never happens by chance.
+    if len(set(body)) < 8 or any(body[p:] == body[:-p] for p in range(1, BODY // 2 + 1)):
+        return "is a repeated pattern"
+    if not TOKEN.match(text) or check != _checksum(body):
+        return "was mistyped: its checksum does not fit"
+    return ""
+
+
+def _checksum(body: str) -> str:
+    digest = hashlib.sha256(b"firstboot token 1 " + body.encode(errors="replace")).digest()
+    number = int.from_bytes(digest[:4], "big")
+    return "".join(ALPHABET[number >> 5 * i & 31] for i in range(CHECK))
