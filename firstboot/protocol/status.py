@@ -1,0 +1,293 @@
+"""What a host tells about itself: one sentence, what is missing, since when, and what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from firstboot.protocol import plan
+from firstboot.protocol.assembly import Assembly
+from firstboot.protocol.model import Channel, Member, Stage
+from firstboot.protocol.peers import Peer
+from firstboot.protocol.voter import MASTER_SILENT
+
+SCHEMA = 1
+MAX_LISTED = 50  # peers in a status; the rest are counted
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something a person should know: a stable code, one sentence, the remedy.
+
+    With `blocking` the host is degraded or cannot go on by itself.
+    """
+
+    code: str
+    text: str
+    hint: str = ""
+    blocking: bool = True
+
+
+def describe(core: Assembly, wall_offset: float) -> dict[str, Any]:
+    """The public status: no secret in it. `wall_offset` is Unix time minus monotonic time."""
+    text, hint = sentence(core)
+    found = problems(core)
+    value = core.decided
+    return {
+        "schema": SCHEMA,
+        "cluster": core.config.cluster,
+        "formation": core.config.formation,
+        "stage": core.stage.value,
+        "state": _state(core, found),
+        "sentence": text,
+        "hint": hint,
+        "role": core.role.value if core.role else None,
+        "name": core.stored.enrolled.name if core.stored.enrolled else core.me.name,
+        "node_id": core.me.node_id,
+        "address": core.me.endpoint.host,
+        "port": core.me.endpoint.port,
+        "cluster_id": value.cluster_id if value else None,
+        "active": bool(value and value.active),
+        "epoch": value.epoch if value else 0,
+        "master": _member(value.founder) if value else None,
+        "masters": [m.name for m in value.masters] if value else [],
+        "expect": core.config.expect,
+        "quorum": core.quorum,
+        "present": core.present_voters(),
+        "members": len(core.roster.issued) if core.founder else (value.members if value else 0),
+        "peers": [_peer(core, p, wall_offset) for p in list(core.peers.values())[:MAX_LISTED]],
+        "peers_total": len(core.peers),
+        "addresses_dropped": core.book.dropped,
+        "strangers": {"count": core.stranger_count, "sources": dict(core.strangers)},
+        "problems": [
+            {"code": p.code, "text": p.text, "hint": p.hint, "blocking": p.blocking} for p in found
+        ],
+        "steps": _steps(core),
+        "units": [s.unit for s in core.plan or () if isinstance(s, plan.StartUnit)],
+    }
+
+
+def _state(core: Assembly, found: list[Problem]) -> str:
+    if core.stage is Stage.FAILED:
+        return "failed"
+    if any(p.blocking for p in found):
+        return "degraded"
+    return "running" if core.stage is Stage.RUNNING else "waiting"
+
+
+def _member(member: Member) -> dict[str, str]:
+    return {"name": member.name, "node_id": member.node_id, "address": member.host}
+
+
+def _peer(core: Assembly, peer: Peer, wall_offset: float) -> dict[str, Any]:
+    hello = peer.hello
+    endpoint = hello.endpoint if hello else None
+    via = core.book.contacts[endpoint].via if endpoint in core.book.contacts else set[str]()
+    return {
+        "name": hello.name if hello else "",
+        "node_id": peer.node_id,
+        "address": endpoint.host if endpoint else "",
+        "state": "present" if peer.present(core.now) else "mismatch" if peer.mismatch else "away",
+        "stage": hello.stage.value if hello else "",
+        "since": peer.since + wall_offset,
+        "via": sorted(via) or ["dialled us"],
+    }
+
+
+def label(peer: Peer) -> str:
+    """How a peer is called in a sentence: name and address, and its id where names repeat."""
+    if peer.hello is None:
+        return peer.node_id[:8]
+    return f"{peer.hello.name}[{peer.node_id[:8]}] at {peer.hello.endpoint.host}"
+
+
+def _steps(core: Assembly) -> list[dict[str, str]]:
+    rows = []
+    for index, step in enumerate(core.plan or ()):
+        state = "done" if index < core.steps_done else "waiting"
+        if index == core.steps_done:
+            state = "failed" if core.step_error else "running"
+        rows.append({"what": say(step), "state": state})
+    return rows
+
+
+def say(step: plan.Step) -> str:
+    """A step of the plan in words."""
+    match step:
+        case plan.WriteFile():
+            return f"write {step.path}"
+        case plan.InstallContainer():
+            return f"install system container {step.name}"
+        case plan.StartUnit():
+            return f"start {step.unit}"
+        case plan.Probe():
+            return f"wait for {step.url}"
+
+
+# ---------------------------------------------------------------- one sentence
+
+
+def sentence(core: Assembly) -> tuple[str, str]:
+    """What this host does or waits for, and what a person can do about it."""
+    match core.stage:
+        case Stage.FAILED:
+            return "This host stands still: its identity is used by another host too.", _CLONE
+        case Stage.DISCOVERING:
+            return _discovering(core)
+        case Stage.DECIDING:
+            if core.active_seen:
+                return "The cluster is already active; looking for its master.", ""
+            return f"{_present(core)}; electing a master.", ""
+        case Stage.ENROLLING:
+            return _enrolling(core)
+        case Stage.SIGNING:
+            return _signing(core)
+        case Stage.STARTING:
+            return _starting(core)
+        case Stage.RUNNING:
+            return _running(core)
+
+
+_CLONE = "If its disk was copied from another host, remove /var/lib/firstboot and reboot."
+
+
+def _present(core: Assembly) -> str:
+    return f"{core.present_voters()} of {core.config.expect} hosts are present"
+
+
+def _discovering(core: Assembly) -> tuple[str, str]:
+    missing = core.quorum - core.present_voters()
+    text = f"{_present(core)}; waiting for {missing} more"
+    away = [label(p) for p in core.peers.values() if not p.present(core.now) and not p.mismatch]
+    if away:
+        text += f" (seen before, now away: {', '.join(away[:3])})"
+    since = core.majority_since
+    if since is not None and core.in_grace and not core.config.strict:
+        left = max(0, round(since + core.config.grace - core.now))
+        text += f"; a majority forms the cluster in {left} s if it is still together"
+    hint = (
+        f"Boot the missing hosts with this same document; between hosts UDP 5353 (mDNS) and"
+        f" TCP {core.me.endpoint.port} must be open."
+    )
+    return text + ".", hint
+
+
+def _enrolling(core: Assembly) -> tuple[str, str]:
+    value = core.decided
+    master = f"{value.founder.name} at {value.founder.host}" if value else "the master"
+    if core.enrolled:
+        return f"Enrolled; waiting for {master} to report that the cluster is active.", ""
+    return f"The master is {master}; waiting for it to sign this host's certificates.", ""
+
+
+def _signing(core: Assembly) -> tuple[str, str]:
+    issued = core.roster.issued
+    text = f"This host is the master; {len(issued)} of {core.config.expect} hosts are enrolled"
+    waiting = [label(p) for p in core.peers.values() if p.node_id not in issued]
+    if waiting:
+        text += f"; waiting for {', '.join(waiting[:3])}"
+    return text + ".", ""
+
+
+def _starting(core: Assembly) -> tuple[str, str]:
+    if core.plan is None or core.steps_done >= len(core.plan):
+        return "The cluster is active; preparing this host's role.", ""
+    what, total = say(core.plan[core.steps_done]), len(core.plan)
+    text = f"The cluster is active; step {core.steps_done + 1} of {total}: {what}"
+    return text + (", which failed and is tried again." if core.step_error else "."), ""
+
+
+def _running(core: Assembly) -> tuple[str, str]:
+    value = core.decided
+    text = f"Running as {core.role} of cluster {core.config.cluster}"
+    text += f" ({value.cluster_id[:8]})" if value else ""
+    if core.founder and core.open:
+        enrolled, expect = len(core.roster.issued), core.config.expect
+        unconfirmed = enrolled - 1 - len(core.confirmed & core.roster.issued.keys())
+        if enrolled < expect or not unconfirmed:
+            return f"{text}; {enrolled} of {expect} hosts enrolled, admission is open.", ""
+        return f"{text}; {unconfirmed} members have not reported back yet.", ""
+    return f"{text}.", ""
+
+
+# ---------------------------------------------------------------- problems
+
+
+def problems(core: Assembly) -> list[Problem]:
+    """Everything a person should know at this moment, gravest first."""
+    return [*_fatal(core), *_local(core), *_about_peers(core)]
+
+
+def _fatal(core: Assembly) -> list[Problem]:
+    found = []
+    if core.failure == "DUPLICATE_IDENTITY":
+        text = "Another live host has the same identity key; both stand still."
+        found.append(Problem(core.failure, text, _CLONE))
+    if core.conflict is not None and core.decided is not None:
+        text = (
+            f"Two active clusters exist in this formation: {core.decided.cluster_id} (this"
+            f" host's) and {core.conflict.cluster_id} of {core.conflict.founder.host}."
+        )
+        hint = "Nothing was merged or deleted; reset the hosts of the one you do not want."
+        found.append(Problem("CONFLICT", text, hint))
+    if core.overlaunched:
+        text = (
+            f"{len(core.voters)} hosts hold this document but expect is {core.config.expect}:"
+            " too many to be sure of one cluster, so none is formed."
+        )
+        hint = "Stop the surplus hosts, or launch all with the right expect."
+        found.append(Problem("OVERLAUNCHED", text, hint))
+    if not core.me.voter:
+        text = "This host lost its state, so it votes no more and only joins."
+        found.append(Problem("LOST_STATE", text, blocking=False))
+    return found
+
+
+def _local(core: Assembly) -> list[Problem]:
+    found = []
+    if core.disk_error:
+        text = f"State cannot be written, so this host answers nobody: {core.disk_error}."
+        found.append(Problem("DISK", text, "Free space under /var/lib/firstboot."))
+    if core.denied:
+        found.append(Problem("DENIED", f"Enrolment was refused: {core.denied}."))
+    if core.step_error is not None:
+        error = core.step_error
+        text = f"{error.reason} (attempt {core.step_failures}; it is tried again)."
+        found.append(Problem("STEP_FAILED", text, error.detail))
+    return found
+
+
+def _about_peers(core: Assembly) -> list[Problem]:
+    found = []
+    tokens = sorted(s for s, kind in core.strangers.items() if kind == "token")
+    if tokens:
+        found.append(_token_problem(core, tokens))
+    for peer in core.peers.values():
+        if peer.mismatch and Channel.BOOTSTRAP in peer.channels:
+            text = f"{label(peer)} {peer.mismatch}; the two cannot form one cluster."
+            found.append(Problem("CONFIG_MISMATCH", text, "Give all hosts the same document."))
+    value = core.decided
+    if value is None or core.stage is Stage.FAILED:
+        return found
+    silent = core.now - core.master_heard
+    if core.may_start and not core.founder and not core.noted and silent > MASTER_SILENT:
+        text = (
+            f"The master {value.founder.name} at {value.founder.host} is silent for {silent:.0f} s."
+        )
+        found.append(Problem("MASTER_LOST", text, "No other is elected; bring it back."))
+    if core.founder and value.active and len(core.roster.issued) < core.config.expect:
+        missing = core.config.expect - len(core.roster.issued)
+        text = f"The cluster is active without {missing} of {core.config.expect} expected hosts."
+        found.append(Problem("INCOMPLETE", text, "They can still join while admission is open."))
+    return found
+
+
+def _token_problem(core: Assembly, sources: list[str]) -> Problem:
+    where = ", ".join(sources[:3]) + (", …" if len(sources) > 3 else "")
+    hint = "Give all hosts the same token; firstboot never shows it."
+    alone = core.decided is None and core.present_voters() <= 1
+    if alone:
+        text = f"This host's token does not match that of {where}, of the same formation."
+    else:
+        text = f"A host of the same formation holds another token: {where}."
+    return Problem("TOKEN_MISMATCH", text, hint, blocking=alone)
