@@ -1,0 +1,77 @@
+"""Makes the host match the deployment in use: host files, unit, tmpfiles. Safe to repeat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from firstboot.containers import disk, hostfs
+from firstboot.containers.store import Deployment, Store, tmpfiles_copy
+from firstboot.containers.tools import run
+
+TMPFILES_SECONDS = 60.0
+
+
+def match(
+    store: Store, now: Deployment, other: Deployment | None, *, anew: bool
+) -> tuple[bool, bool, list[str]]:
+    """Make the host match the deployment in use: was anything changed, the unit, what to tell.
+
+    Unless `anew`, a unit that is neither missing nor the other deployment's was edited by a
+    person and stays.
+    """
+    record = now.record
+    owned = other.record.files if other else {}
+    unit_before = other.unit if other else None
+    lines_before = other.tmpfiles if other else None
+    messages = hostfs.remove(store.root, owned, record.files)
+    tree = now.rootfs / "exports" / "hostfs"
+    files = hostfs.files(tree, record.renames, record.files_template, record.values)
+    placed = hostfs.place(store.root, files, record.files, owned, record.use_links)
+    unit = _follow(store.unit_file(now.name), now.unit, unit_before, anew)
+    lines_file, lines = store.tmpfiles_file(now.name), now.tmpfiles
+    stale = _is_stale(lines_file, lines, lines_before, anew)
+    if lines and (anew or stale):
+        # Before the file that marks it as done.
+        _tmpfiles(store, "--create", tmpfiles_copy(now.directory, now.name))
+    tmpfiles = _follow(lines_file, lines, lines_before, anew)
+    if not record.has_service:
+        disk.wipe(now.rootfs)
+    return placed or unit or tmpfiles, unit, messages
+
+
+def _is_stale(path: Path, wanted: bytes | None, previous: bytes | None, anew: bool) -> bool:
+    there = disk.read_if_there(path)
+    return there != wanted and (anew or there is None or there == previous)
+
+
+def _follow(path: Path, wanted: bytes | None, previous: bytes | None, anew: bool) -> bool:
+    if not _is_stale(path, wanted, previous, anew):
+        return False
+    if wanted is None:
+        path.unlink()
+        disk.sync_directory(path.parent)
+    else:
+        disk.write_file(path, wanted, 0o644)
+    return True
+
+
+def withdraw(store: Store, name: str, deployments: list[Deployment]) -> tuple[list[str], bool]:
+    """Take a container's files off the host: what to tell, and whether a unit went."""
+    messages: list[str] = []
+    lines, unit = store.tmpfiles_file(name), store.unit_file(name)
+    ours = store.link(name).is_symlink()
+    if lines.exists() and (ours or disk.read_if_there(lines) in [d.tmpfiles for d in deployments]):
+        _tmpfiles(store, "--remove", lines)
+        lines.unlink()
+    for deployment in deployments:
+        messages += hostfs.remove(store.root, deployment.record.files, {})
+    reload = unit.exists() and (ours or disk.read_if_there(unit) in [d.unit for d in deployments])
+    if reload:
+        unit.unlink()
+        disk.sync_directory(unit.parent)
+    return messages, reload
+
+
+def _tmpfiles(store: Store, action: str, path: Path) -> None:
+    elsewhere = [] if store.root == Path("/") else ["--root", str(store.root)]
+    run(["systemd-tmpfiles", *elsewhere, action, str(path)], timeout=TMPFILES_SECONDS)

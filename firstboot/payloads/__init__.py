@@ -1,0 +1,1 @@
+"""What the two roles mean, payload by payload."""
