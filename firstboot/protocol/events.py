@@ -268,11 +268,11 @@ class Sign:
 
 @dataclass(frozen=True, slots=True)
 class StoreCertificates:
-    """Check against the fingerprint, write durably, then tell."""
+    """Check that these are `member`'s, from the pinned CA; write durably, then tell."""
 
     epoch: int
     fingerprint: str
-    node_id: str
+    member: Member
     certificates: tuple[Certificate, ...]
     authority: bytes
 

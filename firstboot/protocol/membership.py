@@ -45,7 +45,7 @@ class Membership(Voter):
         self.noted = False  # the master knows that this host has ACTIVE on disk
         self.confirmed = set(stored.confirmed)
         self._request_asked = False
-        self._storing = ""
+        self._storing: Member | None = None  # whose certificates are being stored
         self._enrol_at = self._cluster_dial_at = self._tell_at = now
         self._active_since: float | None = now if stored.activated else None
 
@@ -131,12 +131,13 @@ class Membership(Voter):
         if value is None or sender != value.founder.node_id or self.enrolled:
             return
         if message.epoch == value.epoch and not self._storing:
-            self._storing = message.name
+            member = Member(self.me.node_id, message.name, self.me.endpoint.host)
+            self._storing = member
             self._actions.append(
                 events.StoreCertificates(
                     value.epoch,
                     value.fingerprint,
-                    self.me.node_id,
+                    member,
                     message.certificates,
                     message.authority,
                 )
@@ -144,15 +145,15 @@ class Membership(Voter):
 
     def _on_certificates(self, event: events.CertificatesStored) -> None:
         value = self.decided
-        if value is None or event.epoch != value.epoch or not self._storing:
+        member = self._storing
+        if value is None or event.epoch != value.epoch or member is None:
             return
-        member = Member(self.me.node_id, self._storing, self.me.endpoint.host)
-        self._storing, self.denied = "", ""
+        self._storing, self.denied = None, ""
         self._cluster_dial_at = self.now
         self._store(enrolled=member, enrolled_fingerprint=value.fingerprint)
 
     def _on_certificates_rejected(self, event: events.CertificatesRejected) -> None:
-        self._storing, self.denied = "", event.reason
+        self._storing, self.denied = None, event.reason
 
     def _keep_cluster_channel(self) -> None:
         """A member keeps a connection to its master until the master noted it has ACTIVE."""
@@ -201,7 +202,7 @@ class Membership(Voter):
             self._store(noted, confirmed=tuple(sorted(self.confirmed)))
 
     def _forget_enrolment(self) -> None:
-        self._enrol_at, self.denied, self._storing = self.now, "", ""
+        self._enrol_at, self.denied, self._storing = self.now, "", None
 
     def _activated(self) -> None:
         super()._activated()

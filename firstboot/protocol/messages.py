@@ -8,6 +8,7 @@ and nothing else is ever raised, whatever the bytes are.
 from __future__ import annotations
 
 import base64
+import ipaddress
 import json
 import types
 import typing
@@ -17,6 +18,8 @@ from typing import Any
 
 from firstboot.protocol.errors import RemoteError
 from firstboot.protocol.model import (
+    FINGERPRINT,
+    LABEL,
     Ballot,
     Endpoint,
     Profile,
@@ -60,6 +63,7 @@ class Hello:
 
     def __post_init__(self) -> None:
         require(len(self.peers) <= MAX_PEERS, "too many peers in a Hello")
+        require(bool(LABEL.match(self.name)), "a host's name is a DNS label")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,11 @@ class Enrol:
     name: str
     host: str
 
+    def __post_init__(self) -> None:
+        require(bool(LABEL.match(self.name)), "a host's name is a DNS label")
+        require(bool(FINGERPRINT.match(self.key)), "a key is named by its SHA-256")
+        ipaddress.ip_address(self.host)
+
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
@@ -130,6 +139,9 @@ class Granted:
     name: str
     certificates: tuple[Certificate, ...]
     authority: bytes
+
+    def __post_init__(self) -> None:
+        require(bool(LABEL.match(self.name)), "a member's name is a DNS label")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,75 @@
+"""A host's whole history as lines of JSON, and the way back: `firstboot replay` re-runs it.
+
+The first line of a run holds what the core was made from, every further line one event and the
+moment it came. Nothing in it is secret: no key and no token ever travels in an event.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from firstboot.protocol import events, messages
+from firstboot.protocol.errors import UserError
+from firstboot.protocol.model import Channel, ClusterConfig, Issued, Self, Stored
+
+EVENTS: dict[str, type[Any]] = {kind.__name__: kind for kind in events.Event.__args__}
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What one run of the core was made from; `seed` is that of its random numbers."""
+
+    config: ClusterConfig
+    me: Self
+    stored: Stored
+    issued: tuple[Issued, ...]
+    seed: int
+    now: float
+    wall_offset: float
+
+
+def opening_line(opening: Opening) -> str:
+    """The first line of a run."""
+    return json.dumps({"run": messages.to_plain(opening)})
+
+
+def event_line(event: events.Event, now: float) -> str:
+    """One event and its monotonic moment."""
+    if isinstance(event, events.MessageReceived):
+        plain = {"node_id": event.node_id, "channel": event.channel.value}
+        plain["message"] = messages.encode(event.message).decode()
+    else:
+        plain = messages.to_plain(event)
+    return json.dumps({"at": round(now, 6), "event": type(event).__name__, **plain})
+
+
+def read(lines: Iterable[str]) -> Iterator[Opening | tuple[float, events.Event]]:
+    """What was written, in order; UserError names the line that cannot be read.
+
+    A last line cut short by a power failure is left out.
+    """
+    waiting = list(lines)
+    for number, line in enumerate(waiting, start=1):
+        try:
+            yield _item(json.loads(line))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            if number == len(waiting):
+                return
+            message = "this line is not part of a firstboot history"
+            raise UserError(message, where=f"line {number}") from None
+
+
+def _item(plain: dict[str, Any]) -> Opening | tuple[float, events.Event]:
+    if "run" in plain:
+        opening: Opening = messages.from_plain(Opening, plain["run"])
+        return opening
+    now, kind = float(plain.pop("at")), EVENTS[plain.pop("event")]
+    if kind is events.MessageReceived:
+        message = messages.decode(plain["message"].encode())
+        channel = Channel(plain["channel"])
+        return now, events.MessageReceived(plain["node_id"], channel, message)
+    event: events.Event = messages.from_plain(kind, plain)
+    return now, event
