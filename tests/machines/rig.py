@@ -1,0 +1,350 @@
+"""N real machines booted from one image with one user-data, on a network of their own.
+
+    with Rig(3, user_data) as rig:
+        rig.start()
+        rig.ready()
+        rig[1].exec("systemctl", "is-system-running")
+        rig.network.partition({1, 2}, {3})
+        rig[2].kill()
+
+Machines are numbered from 1 and are off until started. What they wrote survives power cuts and
+reboots and goes with the rig. ``python -m tests.machines.rig cleanup`` removes what killed runs
+left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+from tests.machines.nspawn import REBOOTED, Boot, Hardware
+from tests.network.rig import Network, call
+from tests.network.run import RUNS, Run, cgroups, live_runs, remove_dead_runs, wait_until
+
+PROJECT = Path(__file__).resolve().parents[2]
+IMAGE = PROJECT / "build/image/layers"
+STATUS = "/run/firstboot/status.json"
+_INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
+_INOTIFY_BEFORE = RUNS / "max_user_instances"
+_ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "LANG": "C.UTF-8",
+}
+
+
+class MachineOff(RuntimeError):
+    """The machine is off, or went off on its own."""
+
+
+class Machine:
+    """One machine. Its files and programs can be reached while it runs."""
+
+    def __init__(self, number: int, hardware: Hardware, address: str) -> None:
+        self.number = number
+        self.address = address
+        self.hardware = hardware
+        self._boot: Boot | None = None
+
+    def __repr__(self) -> str:
+        return f"<Machine {self.name} {'on' if self.running else 'off'}>"
+
+    @property
+    def name(self) -> str:
+        """Its hostname."""
+        return self.hardware.hostname
+
+    # -- power --
+
+    @property
+    def running(self) -> bool:
+        """Whether the machine is on."""
+        return self._boot is not None and not self._boot.off.is_set()
+
+    @property
+    def leader(self) -> int:
+        """Its PID 1 as the real host counts. MachineOff if it is off or not that far yet."""
+        if not (self._boot and self._boot.leader):
+            raise MachineOff(f"{self.name} is off; its console: {self.hardware.console}")
+        return self._boot.leader
+
+    def start(self) -> None:
+        """Power on. Nothing if it is on."""
+        if not self.running:
+            self._boot = Boot(self.hardware)
+
+    def ready(self, timeout: float = 60) -> None:
+        """Wait until it has booted: every job of its start-up is done, cloud-init's too."""
+
+        def booted() -> bool:
+            if not self._boot or self._boot.off.is_set():
+                raise MachineOff(f"{self.name} is off; its console: {self.hardware.console}")
+            return self._boot.ready.wait(0.02)
+
+        wait_until(booted, timeout, f"{self.name} ready")
+
+    def kill(self) -> None:
+        """Cut the power. What it wrote to its disk is there at the next start.
+
+        The real host's memory stands in for the disk's own cache, so writes that were not synced
+        survive too: this shows torn sequences, not lost writes.
+        """
+        self.thaw()
+        if self._boot and self.running:
+            self._boot.cut()
+
+    def poweroff(self, timeout: float = 60) -> None:
+        """Shut down in good order; TimeoutError (and it stays on) if that takes too long."""
+        self._shut(signal.SIGRTMIN + 4, timeout)
+
+    def reboot(self, timeout: float = 60) -> None:
+        """Shut down in good order and start again; not waited for to be ready."""
+        status = self._shut(signal.SIGRTMIN + 5, timeout)
+        if status != REBOOTED:
+            raise MachineOff(f"{self.name} went off with {status} instead of rebooting")
+        self.start()
+
+    def _shut(self, number: int, timeout: float) -> int | None:
+        if not self._boot:
+            return None
+        self._boot.signal(number)
+        if not self._boot.off.wait(timeout):
+            raise TimeoutError(f"{self.name} off: not within {timeout:g} s")
+        return self._boot.exit_status
+
+    def freeze(self) -> None:
+        """Stop every process of it. Its kernel still answers pings and accepts connections."""
+        group = self.hardware.cgroups[0]
+        (group / "cgroup.freeze").write_text("1")
+        wait_until(
+            lambda: "frozen 1" in (group / "cgroup.events").read_text(), 5, f"{self.name} frozen"
+        )
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        freezer = self.hardware.cgroups[0] / "cgroup.freeze"
+        if freezer.exists():
+            freezer.write_text("0")
+
+    # -- inside --
+
+    def command(self, *argv: str) -> list[str]:
+        """`argv` as a command that runs inside the machine."""
+        enter = ["nsenter", f"--target={self.leader}", "--mount", "--uts", "--ipc", "--net"]
+        return [*enter, "--pid", "--cgroup", "--", *argv]
+
+    def exec(self, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a program inside to its end, as root; CalledProcessError if it fails."""
+        options = {"check": True, "timeout": 60, "env": _ENVIRONMENT, **options}
+        return call(self.command(*argv), **options)
+
+    def read(self, path: str) -> str:
+        """A file's text."""
+        return self.exec("cat", path).stdout
+
+    def write(self, path: str, text: str, mode: int = 0o644) -> None:
+        """Write a file durably: synced and renamed into place, its directory made if missing."""
+        script = (
+            'set -eu; umask 077; mkdir -p -m 0755 "$2"; cat >"$1.new"; chmod "$3" "$1.new"; '
+            'sync "$1.new"; mv "$1.new" "$1"; sync "$2"'
+        )
+        parent = str(PurePosixPath(path).parent)
+        self.exec("sh", "-c", script, "write", path, parent, f"{mode:o}", input=text)
+
+    def status(self) -> dict[str, Any] | None:
+        """What firstboot last wrote to its status file; None without one or with the machine off.
+
+        Cheap enough to look at every few milliseconds.
+        """
+        try:
+            text = Path(f"/proc/{self.leader}/root{STATUS}").read_text()
+        except (MachineOff, OSError):
+            return None
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+    def journal(self, unit: str = "", output: str = "short-precise") -> str:
+        """The journal of all its boots, of one unit or all, also when the machine is off."""
+        argv = ["journalctl", "--no-pager", f"--output={output}"]
+        argv += [f"--unit={unit}"] if unit else []
+        if self._boot and self._boot.leader:
+            return self.exec(*argv, check=False).stdout
+        where = f"--directory={self.hardware.disk / 'var/log/journal'}"
+        return call([*argv, where], check=False).stdout
+
+    def journal_entries(self, unit: str = "") -> list[dict[str, Any]]:
+        """The journal as journald's fields, MESSAGE and so on."""
+        return [json.loads(line) for line in self.journal(unit, output="json").splitlines()]
+
+    def collect(self, directory: Path) -> None:
+        """Write what explains a failure to `directory`: console, journal, status."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.thaw()
+        if self.hardware.console.exists():
+            shutil.copy(self.hardware.console, directory / "console.log")
+        with contextlib.suppress(subprocess.SubprocessError, MachineOff):
+            (directory / "journal.txt").write_text(self.journal())
+        with contextlib.suppress(subprocess.SubprocessError, MachineOff):
+            failed = self.exec("systemctl", "--no-pager", "--full", "status", "--failed")
+            (directory / "failed-units.txt").write_text(failed.stdout)
+        if status := self.status():
+            (directory / "status.json").write_text(json.dumps(status, indent=1) + "\n")
+
+
+class Rig:
+    """`machines` machines on one network; nothing of it is left after the ``with`` block.
+
+    `overrides` gives single machines another user-data. `image` is the file `layers` that
+    tests/machines/image wrote. `binds` are nspawn's ``SOURCE:TARGET``, read-only.
+    """
+
+    live: ClassVar[list[Rig]] = []
+
+    def __init__(
+        self,
+        machines: int,
+        user_data: str,
+        *,
+        overrides: Mapping[int, str] | None = None,
+        image: Path = IMAGE,
+        binds: tuple[str, ...] = (),
+    ) -> None:
+        if not image.exists():
+            raise FileNotFoundError(f"{image} is missing: run `make image` as root")
+        self._layers = [Path(line) for line in image.read_text().splitlines()]
+        self._binds = binds
+        self.run = Run()
+        try:
+            _raise_inotify(self.run)
+            self.network = Network(machines, self.run)
+            texts = dict.fromkeys(self.network.hosts, user_data) | dict(overrides or {})
+            self.machines = [self._build(number, texts[number]) for number in texts]
+        except BaseException:
+            self.run.close()
+            raise
+        Rig.live.append(self)
+        self.run.callback(Rig.live.remove, self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __getitem__(self, number: int) -> Machine:
+        return self.machines[number - 1]
+
+    def __iter__(self) -> Iterator[Machine]:
+        return iter(self.machines)
+
+    def __len__(self) -> int:
+        return len(self.machines)
+
+    def close(self) -> None:
+        """Cut the power and remove everything."""
+        self.run.close()
+
+    def start(self, *numbers: int) -> None:
+        """Power on these machines, or all."""
+        for machine in self._chosen(numbers):
+            machine.start()
+
+    def ready(self, *numbers: int, timeout: float = 120) -> None:
+        """Wait until these machines, or all, have booted."""
+        for machine in self._chosen(numbers):
+            machine.ready(timeout)
+
+    def wait(self, met: Callable[[], object], timeout: float, what: str) -> None:
+        """Look until `met` says yes; TimeoutError naming `what` after `timeout` seconds."""
+        wait_until(met, timeout, what)
+
+    def set_user_data(self, number: int, text: str) -> None:
+        """Give a machine another user-data; cloud-init reads it at the next start."""
+        _write_seed(self[number].hardware.seed, text)
+
+    def collect(self, directory: Path) -> Path:
+        """Write what explains a failure to `directory`, a directory for each machine."""
+        shutil.rmtree(directory, ignore_errors=True)
+        for machine in self.machines:
+            machine.collect(directory / machine.name)
+        return directory
+
+    def _chosen(self, numbers: tuple[int, ...]) -> list[Machine]:
+        return [self[number] for number in numbers] if numbers else self.machines
+
+    def _build(self, number: int, user_data: str) -> Machine:
+        name = f"{self.run.prefix}-{number}"
+        directory = self.run.directory / str(number)
+        directory.mkdir()
+        hardware = Hardware(
+            name=name,
+            hostname=f"host-{number}",
+            uuid=uuid.uuid4().hex,
+            layers=self._layers,
+            directory=directory,
+            seed=directory / "seed",
+            namespace=self.network.namespace(number),
+            cgroups=cgroups(f"{self.run.prefix}/{number}"),
+            binds=self._binds,
+        )
+        machine = Machine(number, hardware, self.network.address(number))
+        _write_seed(hardware.seed, user_data)
+        self.run.callback(machine.kill)
+        return machine
+
+
+def _write_seed(seed: Path, user_data: str) -> None:
+    """What cloud-init's NoCloud datasource reads (cloud-init docs, reference/datasources)."""
+    seed.mkdir(exist_ok=True)
+    (seed / "user-data").write_text(user_data)
+    # The same instance-id everywhere, and no hostname: machines must not rely on either.
+    (seed / "meta-data").write_text("instance-id: iid-shared\n")
+
+
+def _raise_inotify(run: Run) -> None:
+    """Make room for the machines' file watches: nine or so each, where the kernel allows 128.
+
+    Past that, machines fail in odd places with "Too many open files".
+    """
+    before = _INOTIFY.read_text()
+    if int(before) < 1024:
+        _INOTIFY_BEFORE.write_text(before)
+        _INOTIFY.write_text("1024")
+    run.callback(_restore_inotify, run.prefix)
+
+
+def _restore_inotify(prefix: str = "") -> None:
+    """Put the limit back, unless another run still counts on it."""
+    if _INOTIFY_BEFORE.exists() and not set(live_runs()) - {prefix}:
+        _INOTIFY.write_text(_INOTIFY_BEFORE.read_text())
+        _INOTIFY_BEFORE.unlink()
+
+
+def main(arguments: list[str]) -> int:
+    """``cleanup``: remove what killed runs left behind; runs that go on are left alone."""
+    if arguments != ["cleanup"]:
+        print("usage: python -m tests.machines.rig cleanup", file=sys.stderr)
+        return 64
+    for prefix in remove_dead_runs():
+        print(f"removed {prefix}")
+    _restore_inotify()
+    for prefix in live_runs():
+        print(f"{prefix} is in use; left alone")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

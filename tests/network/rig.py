@@ -1,0 +1,186 @@
+"""Hosts on a switch of their own: network namespaces, each with a static IPv4 address on eth0.
+
+The switch is a bridge in a namespace of its own; the real host's network is never touched, and
+two runs never meet. Hosts are numbered from 1. Faults happen at the switch: a host notices
+nothing but silence. The same layer carries plain processes (``network`` tests) and whole machines.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.network.run import Run
+
+_SUBNET = "10.77.0"
+
+
+class Network:
+    """`hosts` namespaces on one bridge; leaving the context closes the `run` they belong to."""
+
+    def __init__(self, hosts: int, run: Run | None = None) -> None:
+        self.hosts = range(1, hosts + 1)
+        self.owner = run or Run()
+        self.switch = f"{self.owner.prefix}-switch"
+        self._unplugged: set[int] = set()
+        try:
+            self._create()
+        except BaseException:
+            self.owner.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.owner.close()
+
+    def namespace(self, host: int) -> Path:
+        """The file that stands for a host's network namespace, as setns(2) takes it."""
+        return Path("/run/netns") / f"{self.owner.prefix}-{host}"
+
+    def address(self, host: int) -> str:
+        """A host's IPv4 address."""
+        return f"{_SUBNET}.{10 + host}"
+
+    # -- processes on a host --
+
+    def command(self, host: int, *argv: str | Path) -> list[str]:
+        """`argv` as a command that runs in a host's network (ip-netns would remount /sys)."""
+        return ["nsenter", f"--net={self.namespace(host)}", "--", *map(str, argv)]
+
+    def run(self, host: int, *argv: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command on a host to its end; CalledProcessError if it fails."""
+        options = {"check": True, "timeout": 60, **options}
+        return call(self.command(host, *argv), **options)
+
+    def popen(self, host: int, *argv: str | Path, **options: Any) -> subprocess.Popen[str]:
+        """Start a command on a host; it is killed with the network if it still runs then."""
+        process = subprocess.Popen(self.command(host, *argv), text=True, **options)
+        self.owner.callback(_end, process)
+        return process
+
+    def reaches(self, one: int, other: int) -> bool:
+        """Whether a ping of one host by the other comes back within a second."""
+        ping = self.run(one, "ping", "-c1", "-W1", self.address(other), check=False)
+        return ping.returncode == 0
+
+    # -- faults --
+
+    def unplug(self, host: int) -> None:
+        """Take a host's cable out at the switch's end."""
+        self._switch(f"link set port{host} nomaster")
+        self._unplugged.add(host)
+
+    def plug(self, host: int) -> None:
+        """Put the cable back."""
+        self._switch(f"link set port{host} master bridge")
+        self._unplugged.discard(host)
+
+    def partition(self, *groups: Collection[int]) -> None:
+        """Let only hosts of the same group talk. Hosts in no group are one more group."""
+        rest = set(self.hosts).difference(*groups)
+        sides = [set(group) for group in groups if group] + ([rest] if rest else [])
+        self._rules(
+            "partition",
+            [
+                f"iifname {_ports(one)} oifname {_ports(other)} drop"
+                for one in sides
+                for other in sides
+                if one is not other
+            ],
+        )
+
+    def loss(self, percent: int) -> None:
+        """Lose 0 to 99 percent of all frames, at random."""
+        self._rules("loss", [f"numgen random mod 100 < {percent} drop"] if percent else [])
+
+    def no_multicast(self) -> None:
+        """Carry no multicast, as clouds do; ARP and IPv6 neighbour discovery still work."""
+        self._rules("multicast", ["ip daddr 224.0.0.0/4 drop", "ip6 daddr ff02::fb drop"])
+
+    def heal(self) -> None:
+        """End every fault."""
+        self._nft("flush ruleset\n")
+        for host in sorted(self._unplugged):
+            self.plug(host)
+
+    # -- the switch --
+
+    def _create(self) -> None:
+        names = [self.switch, *(self.namespace(host).name for host in self.hosts)]
+        _ip([f"netns add {name}" for name in names])
+        self._switch(
+            "link set lo up",
+            # No spanning tree and no forward delay: a port carries frames at once.
+            "link add bridge type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
+            f"addr add {_SUBNET}.1/24 dev bridge",
+            "link set bridge up",
+        )
+        for host in self.hosts:
+            self._attach(host)
+
+    def _attach(self, host: int) -> None:
+        namespace = self.namespace(host).name
+        self._switch(
+            f"link add port{host} type veth peer name eth0 netns {namespace}",
+            f"link set port{host} master bridge up",
+        )
+        _ip(
+            [
+                "link set lo up",
+                f"addr add {self.address(host)}/24 dev eth0",
+                "link set eth0 up",
+                f"route add default via {_SUBNET}.1",
+            ],
+            namespace,
+        )
+
+    def _switch(self, *lines: str) -> None:
+        _ip(lines, self.switch)
+
+    def _rules(self, table: str, rules: Sequence[str]) -> None:
+        """Replace one table of drop rules in the bridge's forward path, as one transaction."""
+        chain = "\n".join(["type filter hook forward priority 0; policy accept;", *rules])
+        self._nft(
+            f"table bridge {table}\ndelete table bridge {table}\n"
+            f"table bridge {table} {{\nchain forward {{\n{chain}\n}}\n}}\n"
+        )
+
+    def _nft(self, text: str) -> None:
+        call(["ip", "netns", "exec", self.switch, "nft", "-f", "-"], check=True, input=text)
+
+
+def _ports(hosts: Collection[int]) -> str:
+    return "{ " + ", ".join(f'"port{host}"' for host in sorted(hosts)) + " }"
+
+
+def _ip(lines: Sequence[str], namespace: str = "") -> None:
+    where = ["-n", namespace] if namespace else []
+    call(["ip", *where, "-batch", "-"], check=True, input="\n".join(lines) + "\n")
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe:
+            pipe.close()
+
+
+def call(argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """subprocess.run with text captured; a failure's note tells what the program said."""
+    try:
+        return subprocess.run(argv, text=True, capture_output=True, **options)
+    except subprocess.CalledProcessError as error:
+        error.add_note(f"{error.stdout}{error.stderr}".strip())
+        raise
