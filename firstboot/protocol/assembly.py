@@ -52,7 +52,6 @@ class Assembly(Membership):
         self.step_error: events.StepFailed | None = None
         self._step_asked = False
         self._step_at = now
-        self._reached = False  # told to reach firstboot.target
         self._left = stored.finished
 
     def receive(self, event: events.Event, now: float) -> list[events.Action]:
@@ -188,12 +187,9 @@ class Assembly(Membership):
             self._store(lambda: self._actions.append(events.Close()), closed=True)
         if not self.running:
             return
-        if not self._reached:
-            self._reached = True
-            self._actions.append(events.Finish(leave=False))
         if not self._left and self._nobody_waits():
             self._left = True
-            self._store(lambda: self._actions.append(events.Finish(leave=True)), finished=True)
+            self._store(lambda: self._actions.append(events.Finish()), finished=True)
 
     @property
     def admission_over(self) -> bool:
@@ -218,6 +214,7 @@ class Assembly(Membership):
     def _advance(self) -> None:
         if self.now >= self._persist_again:
             self._persist_again = NEVER
+            self._request_asked = self.request is not None
             self._store()
         self._announce()
         self._dial()

@@ -292,12 +292,7 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """This host runs its role: reach firstboot.target, now and at every later boot.
-
-    With `leave` the process has nothing more to do and ends.
-    """
-
-    leave: bool
+    """This host runs its role and nobody needs this process any more: it ends, for good."""
 
 
 Action = (

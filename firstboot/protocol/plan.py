@@ -56,7 +56,14 @@ class Probe:
     deadline: float = 60.0
 
 
-Step = WriteFile | InstallContainer | StartUnit | Probe
+@dataclass(frozen=True, slots=True)
+class ReachTarget:
+    """The last step: firstboot.target holds these units, now and at every later boot."""
+
+    units: tuple[str, ...]
+
+
+Step = WriteFile | InstallContainer | StartUnit | Probe | ReachTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +109,8 @@ def make_plan(
     """The ordered steps that turn this host into its role; the same for the same input."""
     known = {**options, **variables(value, me, cluster)}
     rows = payload.for_role(value.role_of(me.node_id))
-    return tuple(_fill(step, known) for step in rows.steps)
+    steps = tuple(_fill(step, known) for step in rows.steps)
+    return (*steps, ReachTarget(tuple(s.unit for s in steps if isinstance(s, StartUnit))))
 
 
 def _url_host(host: str) -> str:

@@ -122,6 +122,8 @@ def say(step: plan.Step) -> str:
             return f"start {step.unit}"
         case plan.Probe():
             return f"wait for {step.url}"
+        case plan.ReachTarget():
+            return "reach firstboot.target"
 
 
 # ---------------------------------------------------------------- one sentence

@@ -250,6 +250,7 @@ class Voter(Situation):
     def _give_up(self) -> None:
         """This ballot lost: wait a random while, longer each time, before the next."""
         self.round = None
+        self._authority_asked = 0
         self._failed_rounds += 1
         self._backoff = self.rng.random() * min(0.1 * 2**self._failed_rounds, 3.0)
         self._yield_until = max(self._yield_until, self.now)

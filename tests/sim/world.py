@@ -224,11 +224,10 @@ class Host:
                 world.after(world.fsync(), lambda: self._store_certificates(boot, action))
             case events.RunStep():
                 world.witness.unit_started(self)
-                self.later(0.3, events.StepDone(action.index))
+                self.later(0.1, events.StepDone(action.index))
             case events.Finish():
-                if action.leave:
-                    self.gone = True
-                    self.crash()
+                self.gone = True
+                self.crash()
             case events.Close():
                 for node_id, channel in list(self.channels):
                     if channel is Channel.BOOTSTRAP:

@@ -1,0 +1,219 @@
+"""Carries out what the core decided, where that blocks: disk, keys, containers, systemd.
+
+Called in worker threads by `service`; every method answers with the event that tells the
+outcome. An adapter's failure is an event too, never an exception.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from firstboot import containers, health, host, pki, units
+from firstboot.protocol import events, plan, status
+from firstboot.protocol.assembly import Assembly
+from firstboot.protocol.errors import FirstbootError
+from firstboot.protocol.messages import Certificate, Granted, from_plain, to_plain
+from firstboot.protocol.model import Channel, Issued
+from firstboot.transport import Transport
+
+HOST_KEY = "host.key"
+CERTIFICATES = "certificates.json"
+MAX_DETAIL = 1000  # characters of a failed step's last log lines
+TARGET = "firstboot.target"
+DROP_IN = f"etc/systemd/system/{TARGET}.d/10-role.conf"
+
+
+class Carrier:
+    """The adapters, bound to one host's state directory and core."""
+
+    def __init__(
+        self,
+        root: Path,
+        directory: host.StateDirectory,
+        transport: Transport,
+        core: Assembly,
+    ) -> None:
+        self.root, self.directory, self.transport, self.core = root, directory, transport, core
+        self._systemd: units.Systemd | None = None
+        self.expiries: list[dict[str, Any]] = []
+
+    # ------------------------------------------------------------ disk and keys
+
+    def on_disk(self, action: events.Action) -> events.Event | None:
+        """Persist, the authority, requests, signatures and certificates."""
+        match action:
+            case events.Persist():
+                return self._persist(action)
+            case events.MakeAuthority():
+                return self._make_authority(action.epoch)
+            case events.DropAuthority():
+                return self._drop_authority(action.epoch)
+            case events.MakeRequest():
+                return self._make_request()
+            case events.Sign():
+                return self._sign(action)
+            case events.StoreCertificates():
+                return self._store_certificates(action)
+        raise TypeError(f"no adapter carries out {type(action).__name__}")
+
+    def _persist(self, action: events.Persist) -> events.Event:
+        try:
+            self.directory.save(action.state)
+        except FirstbootError as error:
+            return events.PersistFailed(action.sequence, str(error))
+        return events.PersistDone(action.sequence)
+
+    def _make_authority(self, epoch: int) -> events.Event | None:
+        name = f"authority/{epoch}"
+        try:
+            saved = self.directory.get(f"{name}.json")
+            if saved is None:
+                made = pki.make_authority(self.core.config.cluster, epoch)
+                # One file, so that a power cut cannot leave a key without its certificate.
+                plain = {"key": made.key.decode(), "crt": pki.to_pem(made.certificate).decode()}
+                saved = json.dumps(plain).encode()
+                self.directory.put(f"{name}.json", saved)
+        except FirstbootError as error:
+            return events.PersistFailed(0, str(error))
+        return events.AuthorityMade(epoch, pki.fingerprint(_authority(saved).certificate))
+
+    def _drop_authority(self, epoch: int) -> events.Event | None:
+        try:
+            for old in range(1, epoch + 1):
+                self.directory.drop(f"authority/{old}.json")
+            self.directory.drop_issued(epoch)
+        except FirstbootError as error:
+            return events.PersistFailed(0, str(error))
+        return None
+
+    def _make_request(self) -> events.Event:
+        try:
+            key = self.directory.get(HOST_KEY)
+            if key is None:
+                key = pki.make_key()
+                self.directory.put(HOST_KEY, key)
+        except FirstbootError as error:
+            return events.PersistFailed(0, str(error))
+        node_id = self.core.me.node_id
+        return events.RequestMade(pki.make_request(key, node_id), pki.key_digest(key))
+
+    def _sign(self, action: events.Sign) -> events.Event:
+        member, epoch = action.member, action.epoch
+        try:
+            if pki.check_request(action.csr, member.node_id) != action.key:
+                return events.SignFailed(member.node_id, epoch, "the request is for another key")
+            saved = self.directory.get(f"authority/{epoch}.json")
+            if saved is None:
+                reason = f"the cluster CA of epoch {epoch} is not on this host"
+                return events.SignFailed(member.node_id, epoch, reason)
+            authority = _authority(saved)
+            answer = self.directory.answer(epoch, member.node_id)
+            if answer is None or answer[0].key != action.key:
+                certificates = tuple(
+                    Certificate(p, pki.sign(authority, action.csr, member, p, "firstboot"))
+                    for p in action.profiles
+                )
+                answer = (Issued(member, epoch, action.key), certificates)
+                self.directory.record(*answer)
+        except FirstbootError as error:
+            return events.SignFailed(member.node_id, epoch, str(error))
+        issued, certificates = answer
+        return events.Signed(issued.member, epoch, issued.key, certificates, authority.certificate)
+
+    def _store_certificates(self, action: events.StoreCertificates) -> events.Event:
+        try:
+            key = self.directory.get(HOST_KEY) or b""
+            pki.check_granted(
+                action.certificates, action.authority, action.fingerprint, key, action.member
+            )
+            granted = Granted(
+                action.epoch, action.member.name, action.certificates, action.authority
+            )
+            self.directory.put(CERTIFICATES, json.dumps(to_plain(granted)).encode())
+        except FirstbootError as error:
+            return events.CertificatesRejected(action.epoch, str(error))
+        return events.CertificatesStored(action.epoch)
+
+    def after(self, event: events.Event) -> None:
+        """What an outcome changes on the loop's side, before the core hears of it."""
+        if isinstance(event, events.CertificatesStored):
+            self.open_cluster_channel()
+
+    def open_cluster_channel(self) -> None:
+        """Open the cluster channel with this host's certificates, if it has any."""
+        granted, key = self._granted(), self.directory.get(HOST_KEY)
+        if granted is None or key is None:
+            return
+        credentials = pki.cluster_credentials(granted.certificates, granted.authority, key)
+        self.transport.set_channel(Channel.CLUSTER, credentials, pki.cluster_node_id)
+        self.expiries = [
+            {"profile": c.profile.value, "not_after": pki.not_after(c.der)}
+            for c in granted.certificates
+        ]
+
+    def _granted(self) -> Granted | None:
+        saved = self.directory.get(CERTIFICATES)
+        if saved is None:
+            return None
+        granted: Granted = from_plain(Granted, json.loads(saved))
+        return granted
+
+    # ------------------------------------------------------------ the role
+
+    def run_step(self, action: events.RunStep) -> events.Event:
+        """Make one step of the plan true."""
+        try:
+            self._run(action.step)
+        except FirstbootError as error:
+            detail = str(getattr(error, "detail", ""))[-MAX_DETAIL:]
+            what = status.say(action.step)
+            return events.StepFailed(
+                action.index, f"Could not {what}: {error}"[:MAX_DETAIL], detail
+            )
+        return events.StepDone(action.index)
+
+    def _run(self, step: plan.Step) -> None:
+        match step:
+            case plan.WriteFile():
+                host.write_durably(self.root / step.path[1:], self._content(step), step.mode)
+            case plan.InstallContainer():
+                done = containers.install(self.root, step.name, step.image, dict(step.values))
+                if done.needs_reload:
+                    self.systemd.reload()
+            case plan.StartUnit():
+                self.systemd.enable(step.unit)
+                self.systemd.start(step.unit, deadline=120.0)
+            case plan.Probe():
+                health.wait(step, self.root)
+            case plan.ReachTarget():
+                self._reach_target(step.units)
+
+    def _content(self, step: plan.WriteFile) -> bytes:
+        if not step.credential:
+            return step.content.encode()
+        granted, key = self._granted(), self.directory.get(HOST_KEY)
+        assert granted is not None and key is not None  # the core starts no role without them
+        return pki.credential(step.credential, granted.certificates, granted.authority, key)
+
+    @property
+    def systemd(self) -> units.Systemd:
+        """systemd's manager, connected when first needed."""
+        if self._systemd is None:
+            self._systemd = units.Systemd()
+        return self._systemd
+
+    def _reach_target(self, names: tuple[str, ...]) -> None:
+        if self.root != Path("/"):
+            return  # a tree under test, or an image being made: no systemd of ours runs there
+        lines = ["[Unit]", *(f"{key}={name}" for name in names for key in ("Requires", "After"))]
+        host.write_durably(self.root / DROP_IN, "\n".join([*lines, ""]).encode(), 0o644)
+        self.systemd.reload()
+        self.systemd.enable(TARGET)
+        self.systemd.start(TARGET, deadline=60.0)
+
+
+def _authority(saved: bytes) -> pki.Authority:
+    plain = json.loads(saved)
+    return pki.Authority(pki.to_der(plain["crt"].encode()), plain["key"].encode())
