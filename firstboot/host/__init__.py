@@ -1,0 +1,32 @@
+"""This machine: its facts, its addresses, and the files that must survive a power cut.
+
+Files are found under an explicit `root`; addresses are those of the network namespace the
+process runs in.
+"""
+
+from firstboot.host.address import Address, Interface, Network, choose, survey, wait_for_address
+from firstboot.host.durable import StorageFailed, write_durably
+from firstboot.host.facts import Facts, facts, node_name
+from firstboot.host.machine import Machine, look
+from firstboot.host.state import LostState, StateDirectory
+from firstboot.host.status import read_status, write_status
+
+__all__ = [
+    "Address",
+    "Facts",
+    "Interface",
+    "LostState",
+    "Machine",
+    "Network",
+    "StateDirectory",
+    "StorageFailed",
+    "choose",
+    "facts",
+    "look",
+    "node_name",
+    "read_status",
+    "survey",
+    "wait_for_address",
+    "write_durably",
+    "write_status",
+]
