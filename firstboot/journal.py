@@ -52,7 +52,9 @@ class Journal:
 
     def report(self, now: dict[str, Any], before: dict[str, Any]) -> None:
         """Say what is new in a status: another stage or sentence, another problem."""
-        fields = {k: now.get(k) or "" for k in ("cluster", "stage", "role", "cluster_id")}
+        fields: dict[str, Any] = {
+            k: now.get(k) or "" for k in ("cluster", "stage", "role", "cluster_id")
+        }
         if now["stage"] != before.get("stage"):
             self.say(now["sentence"], kind="stage", **fields)
         elif now["sentence"] != before.get("sentence"):

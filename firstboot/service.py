@@ -7,6 +7,7 @@ disk, systemd, container tools) runs in a worker thread and answers with an even
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import secrets
@@ -16,17 +17,19 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from firstboot import host, pki
+from firstboot import host, pki, userdata
 from firstboot.carrier import Carrier
 from firstboot.discovery.interface import Context, Provider
 from firstboot.discovery.providers import PROVIDERS
-from firstboot.journal import Journal
+from firstboot.journal import WARNING, Journal
 from firstboot.payloads.rows import PAYLOADS
 from firstboot.protocol import events, history, status
 from firstboot.protocol.assembly import Assembly
+from firstboot.protocol.errors import FirstbootError, UserError
 from firstboot.protocol.model import Channel, Endpoint, Self, Stage, Stored
 from firstboot.transport import Transport
 from firstboot.userdata import Document
@@ -48,6 +51,8 @@ class Service:
         self.providers: list[Provider] = []
         self._disk = ThreadPoolExecutor(1, "disk")
         self._work = ThreadPoolExecutor(1, "work")
+        self._persisting = False
+        self._persist_next: events.Persist | None = None
         self._announcing: dict[str, asyncio.Task[None]] = {}
         self._history: IO[str] | None = None
         self._shown: dict[str, Any] = {}
@@ -83,62 +88,55 @@ class Service:
         self._wake.set()
 
     async def _start(self) -> None:
-        machine = host.look(self.root)
-        note = self.directory.adopt(machine)
+        facts = await self._facts()
+        if facts is None:
+            return
+        note = self.directory.adopt(facts.machine)
         if note:
-            self.journal.say(note, priority=4)
+            self.journal.say(f"{note[:1].upper()}{note[1:]}.", priority=WARNING)
         stored = self.directory.load()
         key = self.directory.load_identity_key()
         if stored is None or key is None:
             key = pki.make_key()
-            stored = self.directory.begin(key, machine)
-        endpoint = await self._endpoint()
-        if endpoint is None:
-            return
-        bootstrap = pki.derive(self.document.token.reveal(), self.document.formation_id)
-        lost = isinstance(stored, host.LostState)
+            stored = self.directory.begin(key, facts.machine)
         known = stored.stored if isinstance(stored, host.LostState) else stored
-        me = self._me(pki.node_id(key), endpoint, voter=not lost)
+        endpoint = facts.endpoint or Endpoint("127.0.0.1", facts.port)
+        me = self._me(facts, pki.node_id(key), endpoint, voter=known is stored)
         self._make_core(me, known)
         self.carrier = Carrier(self.root, self.directory, self.transport, self.core)
+        self._mark("network")
         await self.transport.start("", endpoint.port)
         self.carrier.open_cluster_channel()
         if not known.closed:
-            self.transport.set_channel(
-                Channel.BOOTSTRAP, bootstrap.credentials(key), pki.node_id_of_certificate
-            )
-            await self._start_providers(me, bootstrap.tag, endpoint)
-        self._mark("network")
+            await self._open_formation(me, key)
 
-    async def _endpoint(self) -> Endpoint | None:
-        """This host's address, as soon as it has one; None if asked to stop before."""
-        wanted, port = self.document, self.document.port
-        if wanted.config.expect == 1 and not wanted.interface and not wanted.cidr:
-            found = host.choose(host.survey(), "", "")
-            return Endpoint(found.ip if found else "127.0.0.1", port)
-        found = host.choose(host.survey(), wanted.interface, wanted.cidr)
-        if found is None:
-            self._publish_waiting_for_address()
-            waiting = asyncio.ensure_future(host.wait_for_address(wanted.interface, wanted.cidr))
-            stop = asyncio.ensure_future(self._wake.wait())
-            done, rest = await asyncio.wait((waiting, stop), return_when=asyncio.FIRST_COMPLETED)
-            for task in rest:
-                task.cancel()
-            if waiting not in done:
-                return None
-            found = waiting.result()
-        return Endpoint(found.ip, port)
+    async def _facts(self) -> host.Facts | None:
+        """This host's facts, as soon as it has an address; None if asked to stop before."""
+        wanted = self.document
 
-    def _me(self, node_id: str, endpoint: Endpoint, *, voter: bool) -> Self:
-        facts = host.facts(self.root, endpoint.host)
-        ranks = [i for i, m in enumerate(self.document.prefer) if host.matches(facts, m)]
+        def look() -> host.Facts:
+            return host.facts(self.root, wanted.interface, wanted.cidr, wanted.port)
+
+        facts = look()
+        if facts.endpoint is not None or wanted.config.expect == 1:
+            return facts  # a cluster of one needs no network
+        self._publish_waiting_for_address()
+        waiting = asyncio.ensure_future(host.wait_for_address(wanted.interface, wanted.cidr))
+        stop = asyncio.ensure_future(self._wake.wait())
+        _, rest = await asyncio.wait((waiting, stop), return_when=asyncio.FIRST_COMPLETED)
+        for task in rest:
+            task.cancel()
+        return None if self._stopped else look()
+
+    def _me(self, facts: host.Facts, node_id: str, endpoint: Endpoint, *, voter: bool) -> Self:
+        ranks = [i for i, m in enumerate(self.document.prefer) if facts.matches(m)]
         return Self(
             node_id=node_id,
             boot=secrets.token_hex(8),
             name=host.node_name(facts.hostname, node_id),
             endpoint=endpoint,
             rank=ranks[0] if ranks else RANK_WITHOUT_PREFERENCE,
-            eligible=not any(host.matches(facts, m) for m in self.document.never),
+            eligible=not any(facts.matches(m) for m in self.document.never),
             voter=voter,
         )
 
@@ -159,20 +157,25 @@ class Service:
             now=now,
         )
 
-    async def _start_providers(self, me: Self, tag: str, endpoint: Endpoint) -> None:
-        context = Context(tag=tag, formation_id=self.document.formation_id, boot=me.boot)
-        for spec in self.document.discovery:
-            provider = PROVIDERS[spec.name](spec.options, context)
-            self.providers.append(provider)
-            name = spec.name
+    async def _open_formation(self, me: Self, key: bytes) -> None:
+        """Everything that needs the token: the bootstrap channel and discovery."""
+        document = self.document
+        bootstrap = pki.derive(document.token.reveal(), document.formation_id)
+        credentials = bootstrap.credentials(key)
+        self.transport.set_channel(Channel.BOOTSTRAP, credentials, pki.node_id_of_certificate)
+        context = Context(tag=bootstrap.tag, formation_id=document.formation_id, boot=me.boot)
 
-            def found(at: Endpoint, name: str = name) -> None:
+        def stranger(kind: str, source: str) -> None:
+            self.put(events.StrangerSeen(kind, source))
+
+        for spec in document.discovery:
+
+            def found(at: Endpoint, name: str = spec.name) -> None:
                 self.put(events.PeerFound(at, name))
 
-            def stranger(kind: str, source: str) -> None:
-                self.put(events.StrangerSeen(kind, source))
-
-            await provider.start(endpoint, found, stranger)
+            provider = PROVIDERS[spec.name](spec.options, context)
+            self.providers.append(provider)
+            await provider.start(me.endpoint, found, stranger)
 
     async def _end(self) -> None:
         for task in self._announcing.values():
@@ -233,12 +236,21 @@ class Service:
             case events.Close():
                 self._close()
             case events.Finish():
-                self.directory.finish()
-                self._leaving = True
+                self._finish()
+            case events.Persist():
+                self._persist(action)
             case events.RunStep():
                 self._in_thread(self._work, lambda: self.carrier.run_step(action))
             case _:
                 self._in_thread(self._disk, lambda: self.carrier.on_disk(action))
+
+    def _persist(self, action: events.Persist) -> None:
+        """Write the newest state; what comes while the disk is busy waits, and only the last."""
+        if self._persisting:
+            self._persist_next = action
+            return
+        self._persisting = True
+        self._in_thread(self._disk, lambda: self.carrier.on_disk(action))
 
     def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], events.Event | None]) -> None:
         """Do `work` in that pool, and put the event it answers with into the inbox."""
@@ -260,6 +272,10 @@ class Service:
     def _answered(self, event: events.Event) -> None:
         self.carrier.after(event)
         self.put(event)
+        if isinstance(event, events.PersistDone | events.PersistFailed) and event.sequence:
+            waiting, self._persist_next, self._persisting = self._persist_next, None, False
+            if waiting is not None:
+                self._persist(waiting)
 
     def _check(self, error: BaseException | None) -> None:
         """A bug in an adapter must not become a silent wait: end, systemd starts anew."""
@@ -272,6 +288,14 @@ class Service:
             if running is None or running.done():
                 task = asyncio.ensure_future(provider.announce())
                 self._announcing[provider.name] = task
+
+    def _finish(self) -> None:
+        """Leave for good: the stamp comes last, and firstboot.service starts no more."""
+        self._leaving = True
+        self._publish()
+        text = json.dumps(self._shown).encode()
+        host.write_durably(self.directory.path / "status.json", text, 0o644)
+        self.directory.finish()
 
     def _close(self) -> None:
         """CLOSE: no bootstrap handshake succeeds any more, and nothing derived is kept."""
@@ -351,7 +375,41 @@ def comparable(shown: dict[str, Any]) -> dict[str, Any]:
     return {key: item for key, item in shown.items() if key != "since"}
 
 
-def serve(root: Path, document: Document) -> int:
-    """Run the service; LocalError if this host cannot even start."""
+def run(root: Path) -> int:
+    """``firstboot run``: the exit code. A host without configuration is a normal end: 0."""
     journal = Journal(under_systemd="NOTIFY_SOCKET" in os.environ, stream=sys.stderr)
-    return asyncio.run(Service(root, document, journal).run())
+    try:
+        document = userdata.find(root)
+        if document is None:
+            return _end_early(
+                root, journal, "unconfigured", f"This host is {userdata.explain(root)}."
+            )
+        for warning in document.warnings:
+            journal.say(warning, priority=WARNING)
+        return asyncio.run(Service(root, document, journal).run())
+    except UserError as error:
+        _end_early(root, journal, "failed", str(error), code="CONFIGURATION")
+        return error.code
+    except FirstbootError as error:
+        _end_early(root, journal, "failed", str(error), code="FAILED")
+        return 1
+
+
+def _end_early(root: Path, journal: Journal, state: str, text: str, code: str = "") -> int:
+    """Say why nothing is started, in the status, the journal and on the console."""
+    problem = {"code": code, "text": text, "hint": "", "blocking": True}
+    now = {
+        "schema": status.SCHEMA,
+        "cluster": "",
+        "stage": state,
+        "state": state,
+        "sentence": text,
+        "hint": "",
+        "since": time.time(),
+        "problems": [problem] if code else [],
+    }
+    with suppress(FirstbootError):  # a full /run must not hide the reason from the journal
+        host.write_status(root, now)
+    journal.ready()
+    journal.report({**now, "problems": []}, {})
+    return 0

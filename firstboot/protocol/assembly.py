@@ -20,6 +20,7 @@ The transitions, each in the file that owns it::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from firstboot.protocol import events, messages
@@ -121,7 +122,8 @@ class Assembly(Membership):
             return
         if hello.voter and peer.node_id not in self.voters:
             self.voters.add(peer.node_id)
-            self._store(voters=tuple(sorted(self.voters)))
+            # Reaches the disk with the next vote: before that it matters to nobody.
+            self.stored = replace(self.stored, voters=tuple(sorted(self.voters)))
         self.book.found(hello.endpoint, "peer", self.now)
         for known in hello.peers:
             if known.node_id != self.me.node_id and known.node_id not in self.peers:

@@ -1,0 +1,146 @@
+"""The verbs, their exit codes, and the one place where a person's mistakes end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from firstboot.protocol.errors import FirstbootError, UserError
+
+OK, FAILED, WAITING, USAGE, CONFIGURATION = 0, 1, 2, 64, 78
+EXIT_CODES = """exit codes:
+  0   done: the host runs its role, the file is valid
+  1   failed
+  2   degraded, or still waiting
+  64  wrong usage
+  78  a mistake in the configuration"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code; a mistake ends here, in one line."""
+    try:
+        options = _parser().parse_args(arguments)
+        verb: Callable[[argparse.Namespace], int] = options.verb
+        return verb(options)
+    except UserError as error:
+        print(f"firstboot: {error}", file=sys.stderr)
+        return error.code
+    except FirstbootError as error:
+        print(f"firstboot: {error}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:
+        return FAILED
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(message, hint=f"see {self.prog} --help", code=USAGE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="firstboot",
+        description="Turns N machines booted from one image with one user-data into one cluster.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def add(name: str, verb: Callable[[argparse.Namespace], int], text: str) -> _Parser:
+        sub: _Parser = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(verb=verb)
+        return sub
+
+    run = add("run", _run, "assemble this host into its cluster (what firstboot.service runs)")
+    status = add("status", _status, "tell where this host stands and what it waits for")
+    status.add_argument("--wait", action="store_true", help="wait until it runs or has failed")
+    status.add_argument("--format", choices=("text", "json"), default="text")
+    validate = add("validate", _validate, "check a configuration, on any machine")
+    validate.add_argument("file", metavar="FILE", help="a document, a cloud-config or an Ignition")
+    add("token", _token, "make a token for a new document")
+    timeline = add("timeline", _timeline, "tell how long each phase took on this host")
+    replay = add("replay", _replay, "run a recorded history through the core again")
+    replay.add_argument("file", metavar="FILE", help="a history.jsonl from /var/lib/firstboot")
+    for sub in (run, status, timeline):
+        sub.add_argument("--root", type=Path, default=Path("/"), help=argparse.SUPPRESS)
+    return parser
+
+
+# ---------------------------------------------------------------- verbs
+
+
+def _run(options: argparse.Namespace) -> int:
+    from firstboot import service
+
+    return service.run(options.root)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from firstboot import words
+
+    dots = options.wait and options.format == "text" and sys.stderr.isatty()
+    while True:
+        shown = words.current(options.root)
+        code = words.exit_code(shown)
+        if not options.wait or code != WAITING or not words.may_change(shown):
+            break
+        if dots:
+            print(".", end="", file=sys.stderr, flush=True)
+        time.sleep(0.25)
+    if dots:
+        print(file=sys.stderr)
+    text = json.dumps(shown, indent=2, sort_keys=True) if options.format == "json" else None
+    print(text or words.page(shown))
+    return code
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from firstboot import userdata
+
+    path = Path(options.file)
+    data = userdata.read_file(path, options.file)
+    if data is None:
+        raise UserError("there is no such file", where=options.file, code=USAGE)
+    document = userdata.parse(data, options.file)
+    for warning in document.warnings:
+        print(f"warning: {warning}")
+    config = document.config
+    print(
+        f"{options.file}: valid: cluster {config.cluster}, expect {config.expect},"
+        f" masters {config.masters}, payload {config.payload}"
+    )
+    return OK
+
+
+def _token(_options: argparse.Namespace) -> int:
+    from firstboot import userdata
+
+    print(userdata.make_token())
+    return OK
+
+
+def _timeline(options: argparse.Namespace) -> int:
+    from firstboot import words
+
+    print(words.timeline(words.current(options.root)))
+    return OK
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from firstboot import replay
+
+    try:
+        with Path(options.file).open() as lines:
+            for line in replay.replay(lines):
+                print(line)
+    except OSError as error:
+        reason = error.strerror or "cannot be read"
+        raise UserError(reason, where=options.file, code=USAGE) from None
+    return OK

@@ -1,0 +1,130 @@
+"""Status and timeline as a person reads them, at any phase and after a power cycle."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from firstboot import host, units, userdata
+from firstboot.protocol.errors import FirstbootError
+
+ENDED = ("failed", "unconfigured")
+
+
+def current(root: Path) -> dict[str, Any]:
+    """The newest status this host has, with the state its units have right now."""
+    shown = host.read_status(root)
+    if shown is None:
+        return _never_ran(root)
+    if root == Path("/") and shown.get("units"):
+        shown["unit_states"] = _unit_states(shown["units"])
+        broken = [n for n, s in shown["unit_states"].items() if s != "active"]
+        if shown["state"] == "running" and broken:
+            shown["state"] = "degraded"
+            for name in broken:
+                text = f"{name} is {shown['unit_states'][name]}."
+                hint = f"Look at: journalctl -u {name}"
+                problem = {"code": "UNIT", "text": text, "hint": hint, "blocking": True}
+                shown["problems"].append(problem)
+    return shown
+
+
+def _never_ran(root: Path) -> dict[str, Any]:
+    try:
+        configured = userdata.find(root) is not None
+        text = "firstboot has not run on this host yet." if configured else userdata.explain(root)
+    except FirstbootError as error:
+        configured, text = True, str(error)
+    state = "waiting" if configured else "unconfigured"
+    text = text[:1].upper() + text[1:]
+    hint = "Look at: systemctl status firstboot.service" if configured else ""
+    return {
+        "stage": state,
+        "state": state,
+        "sentence": text if text.endswith(".") else f"{text}.",
+        "hint": hint,
+        "problems": [],
+    }
+
+
+def _unit_states(names: list[str]) -> dict[str, str]:
+    systemd = units.Systemd()
+    states = {}
+    for name in names:
+        try:
+            states[name] = systemd.state(name).active
+        except FirstbootError as error:
+            states[name] = str(error)
+    return states
+
+
+def exit_code(shown: dict[str, Any]) -> int:
+    """0 running or not configured, 1 failed, 2 degraded or still waiting."""
+    return {"running": 0, "unconfigured": 0, "failed": 1}.get(shown["state"], 2)
+
+
+def may_change(shown: dict[str, Any]) -> bool:
+    """Whether waiting longer makes sense: a finished host's units are systemd's matter."""
+    return shown["stage"] not in ENDED
+
+
+def page(shown: dict[str, Any]) -> str:
+    """The status on one page, the sentence first."""
+    lines = [shown["sentence"]]
+    if shown.get("since") and shown["stage"] not in ENDED:
+        lines[0] += f"  (for {_duration(time.time() - shown['since'])})"
+    if shown.get("hint"):
+        lines.append(f"  {shown['hint']}")
+    lines += _facts(shown)
+    for peer in shown.get("peers", ())[:10]:
+        where = f"{peer['address']:15}  {peer['state']:8}  {peer['stage']:11}"
+        lines.append(f"  peer       {peer['name']:20} {where} via {', '.join(peer['via'])}")
+    for provider in shown.get("providers", ()):
+        error = f"; {provider['error']}" if provider.get("error") else ""
+        lines.append(f"  discovery  {provider['name']}: {provider['found']} found{error}")
+    for step in shown.get("steps", ()):
+        if step["state"] != "done":
+            lines.append(f"  step       {step['what']}: {step['state']}")
+    for name, state in shown.get("unit_states", {}).items():
+        lines.append(f"  unit       {name}: {state}")
+    for problem in shown["problems"]:
+        lines.append(f"  problem    {problem['code']}: {problem['text']}")
+        lines += [f"             {line}" for line in problem["hint"].splitlines()]
+    return "\n".join(lines)
+
+
+def _facts(shown: dict[str, Any]) -> list[str]:
+    rows = []
+    if shown.get("cluster"):
+        rows.append(("cluster", f"{shown['cluster']}  {shown.get('cluster_id') or ''}".rstrip()))
+    if shown.get("node_id"):
+        role = shown.get("role") or "no role yet"
+        rows.append(("this host", f"{shown['name']}  {shown['address']}  {role}"))
+    master = shown.get("master")
+    if master:
+        rows.append(("master", f"{master['name']}  {master['address']}"))
+    for certificate in shown.get("certificates", ()):
+        day = time.strftime("%Y-%m-%d", time.gmtime(certificate["not_after"]))
+        rows.append(("valid to", f"{day}  {certificate['profile']} certificate"))
+    return [f"  {name:10} {text}" for name, text in rows]
+
+
+def timeline(shown: dict[str, Any]) -> str:
+    """Each phase, how long after the start it began, and how long it took."""
+    marks = shown.get("timeline") or []
+    if not marks:
+        return f"{shown['sentence']}  No phase was recorded."
+    start = marks[0]["at"]
+    lines = ["   at (s)  took (s)  phase"]
+    for mark, following in zip(marks, [*marks[1:], None], strict=True):
+        took = f"{following['at'] - mark['at']:8.3f}" if following else "        "
+        lines.append(f"{mark['at'] - start:9.3f}  {took}  {mark['what']}")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    whole = max(0, round(seconds))
+    if whole < 120:
+        return f"{whole} s"
+    return f"{whole // 60} min" if whole < 7200 else f"{whole // 3600} h"
