@@ -33,7 +33,7 @@ from tests.network.run import RUNS, Run, cgroups, live_runs, remove_dead_runs, w
 PROJECT = Path(__file__).resolve().parents[2]
 IMAGE = PROJECT / "build/image/layers"
 STATUS = "/run/firstboot/status.json"
-_INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
+INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
 _INOTIFY_BEFORE = RUNS / "max_user_instances"
 _ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -319,17 +319,17 @@ def _raise_inotify(run: Run) -> None:
 
     Past that, machines fail in odd places with "Too many open files".
     """
-    before = _INOTIFY.read_text()
+    before = INOTIFY.read_text()
     if int(before) < 1024:
         _INOTIFY_BEFORE.write_text(before)
-        _INOTIFY.write_text("1024")
+        INOTIFY.write_text("1024")
     run.callback(_restore_inotify, run.prefix)
 
 
 def _restore_inotify(prefix: str = "") -> None:
     """Put the limit back, unless another run still counts on it."""
     if _INOTIFY_BEFORE.exists() and not set(live_runs()) - {prefix}:
-        _INOTIFY.write_text(_INOTIFY_BEFORE.read_text())
+        INOTIFY.write_text(_INOTIFY_BEFORE.read_text())
         _INOTIFY_BEFORE.unlink()
 
 

