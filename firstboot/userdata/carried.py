@@ -1,4 +1,4 @@
-"""A document on its own, or carried by a cloud-config or an Ignition configuration.
+"""A document on its own, or carried by a cloud-config, an Ignition or a Butane configuration.
 
 For ``firstboot validate FILE``, which runs anywhere: it sees what a launch would be given.
 """
@@ -28,8 +28,8 @@ from firstboot.userdata.reading import (
 def parse(data: bytes, name: str) -> Document:
     """The Document in these bytes, which came from `name`; UserError and nothing else.
 
-    Where a cloud-config or an Ignition configuration carries the document, positions refer to
-    the document inside, and its path stands in the error's `where`.
+    Where another configuration carries the document as a file, positions refer to the document
+    inside, and its path stands in the error's `where`.
     """
     text = text_of(data, name)
     layers, warnings = _unwrapped(text, name)
@@ -41,7 +41,7 @@ def parse(data: bytes, name: str) -> Document:
 
 @dataclass(frozen=True)
 class _Written:
-    """A file that a cloud-config or an Ignition configuration writes."""
+    """A file that the carrying configuration writes."""
 
     path: str
     data: bytes | None  # None: fetched from elsewhere, or not decodable
@@ -72,6 +72,8 @@ def _unwrapped(text: str, name: str) -> tuple[list[Said], list[str]]:
     if text.startswith("#cloud-config") or keys.keys() & {"firstboot", "write_files"}:
         said = said_by(keys.get("firstboot"), name)
         return _from_files(_cloud_files(keys.get("write_files")), name, [said] if said else [])
+    if {"variant", "storage"} <= keys.keys():
+        return _from_files(_butane_files(keys["storage"]), name, [])
     said = said_by(root, name)
     return [said] if said else [], []
 
@@ -102,17 +104,26 @@ def _from_files(
 def _cloud_files(node: Node | None) -> list[_Written]:
     """cloud-init's write_files (its module cc_write_files; the default mode is 0644)."""
     files = []
-    for item in node.value if node is not None and node.id == "sequence" else []:
-        fields = {key: v for key, v in children(item).items() if v.id == "scalar"}
-        texts = {key: str(v.value) for key, v in fields.items()}
-        data = texts["content"].encode("utf-8", "surrogatepass") if "content" in texts else None
+    for item in _sequence(node):
+        texts = _texts(item)
         encoding = texts.get("encoding", "").lower()
-        tagged = "content" in fields and fields["content"].tag.endswith(":binary")
+        content = children(item).get("content")
+        tagged = content is not None and content.tag.endswith(":binary")
+        data = _encoded(texts.get("content"))
         data = _decoded(data, base64=tagged or "64" in encoding, gzip="gz" in encoding)
-        octal = re.fullmatch("(?:0o?)?([0-7]{1,4})", texts.get("permissions", "0644"))
-        mode = int(octal[1], 8) if octal else 0o644
         late = texts.get("defer", "false").lower() in ("true", "yes", "on")
+        mode = _octal(texts.get("permissions", ""))
         files.append(_Written(texts.get("path", ""), data, mode, late))
+    return files
+
+
+def _butane_files(storage: Node) -> list[_Written]:
+    """Butane's storage.files with inline contents; it is what people write Ignition in."""
+    files = []
+    for item in _sequence(children(storage).get("files")):
+        texts = _texts(item)
+        data = _encoded(_texts(children(item).get("contents")).get("inline"))
+        files.append(_Written(texts.get("path", ""), data, _octal(texts.get("mode", ""))))
     return files
 
 
@@ -126,8 +137,7 @@ def _ignition_files(whole: dict[str, Any]) -> list[_Written]:
         contents = _fields(file.get("contents"))
         scheme, _, rest = str(contents.get("source", "")).partition(":")
         media, comma, body = rest.partition(",")
-        quoted = body.encode("utf-8", "surrogatepass")
-        data = unquote_to_bytes(quoted) if scheme == "data" and comma else None
+        data = unquote_to_bytes(_encoded(body) or b"") if scheme == "data" and comma else None
         gzip = contents.get("compression") == "gzip"
         data = _decoded(data, base64=media.endswith(";base64"), gzip=gzip)
         mode = file.get("mode")
@@ -142,6 +152,24 @@ def _fields(value: Any) -> dict[str, Any]:
 
 def _items(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def _sequence(node: Node | None) -> list[Node]:
+    return node.value if node is not None and node.id == "sequence" else []
+
+
+def _texts(node: Node | None) -> dict[str, str]:
+    return {key: str(v.value) for key, v in children(node).items() if v.id == "scalar"}
+
+
+def _octal(text: str) -> int:
+    digits = re.fullmatch("(?:0o?)?([0-7]{1,4})", text)
+    return int(digits[1], 8) if digits else 0o644
+
+
+def _encoded(text: str | None) -> bytes | None:
+    # A quoted scalar or JSON may hold lone surrogates; text_of then refuses the bytes.
+    return None if text is None else text.encode("utf-8", "surrogatepass")
 
 
 def _decoded(data: bytes | None, *, base64: bool, gzip: bool) -> bytes | None:

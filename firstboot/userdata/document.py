@@ -12,9 +12,9 @@ from typing import Any
 
 from firstboot.protocol.errors import UserError
 from firstboot.protocol.model import ClusterConfig, Endpoint
-from firstboot.userdata.reading import Place, Said, merged
+from firstboot.userdata.reading import Place, Said, merged, texts
 from firstboot.userdata.rules import check, dotted, filled, wrong
-from firstboot.userdata.token import HIDDEN, REMEDY, Secret, check_token
+from firstboot.userdata.token import HIDDEN, REMEDY, TOKEN, Secret, check_token
 
 UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 SHARED = ("cluster", "expect", "masters", "payload", "formation")
@@ -69,6 +69,9 @@ def make(layers: Sequence[Said], sources: Sequence[str], warnings: Sequence[str]
             raise UserError("the token is not a text", where=where, hint=REMEDY)
         check_token(token, where)
         said.data["token"] = HIDDEN
+    for place, text in texts(said.data):
+        if TOKEN.search(text):  # a token is a fine DNS label, and the cluster's name is published
+            raise said.error(place, "a token stands here, where it would be shown")
     check(said)
     full = filled(said.data)
     if full["masters"] > full["expect"]:

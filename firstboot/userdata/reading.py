@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 32  # the schema needs 6; a whole user-data has a few more
 MAX_NODES = 50_000  # an alias counts each time it is used, so a bomb runs out early
 MAX_SHOWN = 24  # shorter than any token, so an error text cannot quote one
-# What YAML calls printable (YAML 1.2, section 5.1), inverted.
-NOT_TEXT = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# What YAML does not call printable (YAML 1.2, section 5.1), as far as UTF-8 can hold it; U+FFFE
+# and U+FFFF are left to yaml, they would make this pattern slow to compile.
+NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
 PLAIN_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 # YAML 1.2's core schema (section 10.3.2) without its octal, hexadecimal and floating numbers.
 WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
@@ -40,6 +41,16 @@ class Said:
     def error(self, place: Place, message: str, hint: str = "") -> UserError:
         """A mistake in the value at `place`."""
         return UserError(message, where=self.where(place), hint=hint)
+
+
+def texts(value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
+    """Every text in plain values, with its place; keys are not values."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict | list):
+        below = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in below:
+            yield from texts(item, (*place, str(key)))
 
 
 def show(value: object) -> str:
@@ -117,7 +128,7 @@ def said_by(node: Node | None, name: str, *, positions: bool = True) -> Said | N
     """The same for a part of a document."""
     reader = _Reader(name, positions=positions)
     data = None if node is None else reader.value(node)
-    if data is None:
+    if data is None or data == {}:
         return None
     said = Said(data, reader.marks)
     if not isinstance(data, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from firstboot.userdata.reading import MAX_SHOWN, Place, Said, show
 from firstboot.userdata.token import REMEDY
 
 PROVIDERS = ("auto", "mdns", "static")
+ANNOTATIONS = ("title", "description", "examples", "default", "definitions", "x-must")
 LATER_PROVIDERS = ("dns", "ec2", "openstack", "sweep", "http")
 
 
@@ -38,7 +38,12 @@ def validator() -> Callable[[Any], Any]:
     """The schema compiled; raises fastjsonschema.JsonSchemaValueException."""
     import fastjsonschema
 
-    validate: Callable[[Any], Any] = fastjsonschema.compile(schema(), use_default=False)
+    def bare(found: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in found.items() if key not in ANNOTATIONS}
+
+    # The compiler copies a rule into every error it can raise: without words it is much faster.
+    rules = json.loads(json.dumps(schema()), object_hook=bare)
+    validate: Callable[[Any], Any] = fastjsonschema.compile(rules)
     return validate
 
 
@@ -122,6 +127,8 @@ def _named(what: str, name: str) -> str:
 
 def _unknown_keys(rule: Mapping[str, Any], value: Any, place: Place) -> Iterator[tuple[Place, str]]:
     """Each key the schema does not know, with the nearest one that it does ("" if none is)."""
+    import difflib
+
     if isinstance(value, list):
         for i, item in enumerate(value):
             yield from _unknown_keys(rule.get("items", {}), item, (*place, str(i)))

@@ -9,7 +9,7 @@ from firstboot.protocol.errors import UserError
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u
 BODY, CHECK, GROUP = 32, 4, 6  # characters of 5 bits: 160 random bits, 20 bits of checksum
-TOKEN = re.compile(rf"fb1(-[{ALPHABET}]{{6}}){{6}}\Z")
+TOKEN = re.compile(rf"fb1(-[{ALPHABET}]{{6}}){{6}}")
 # Words with a letter or sign outside the alphabet, so no real token can contain one by chance.
 PLACEHOLDER = re.compile(r"…|\.\.\.|<|changeme|change-me|replace|example|placeholder|token", re.I)
 HIDDEN = "***"
@@ -74,7 +74,7 @@ def _complaint(text: str) -> str:
     # 32 random characters hold about 20 different ones; fewer than 8 never happens by chance.
     if len(set(body)) < 8 or any(body[p:] == body[:-p] for p in range(1, BODY // 2 + 1)):
         return "is a repeated pattern"
-    if not TOKEN.match(text) or check != _checksum(body):
+    if not TOKEN.fullmatch(text) or check != _checksum(body):
         return "was mistyped: its checksum does not fit"
     return ""
 
