@@ -91,8 +91,6 @@ class Witness:
 
     def finish(self, world: World) -> None:
         """At the end: everybody is in the one cluster."""
-        values = {
-            h.disk.stored.decided.cluster_id for h in world.hosts if h.disk.stored.decided
-        }
+        values = {h.disk.stored.decided.cluster_id for h in world.hosts if h.disk.stored.decided}
         if self.safe:
             self.must(len(values) <= 1, "I1: hosts hold different clusters at the end")

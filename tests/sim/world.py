@@ -106,13 +106,16 @@ class Host:
         self.core: Assembly | None = None
         self.gone = False  # left after its work was done
         self.paused_until = 0.0
-        self.channels: dict[tuple[str, Channel], int] = {}
+        self.identity_of: Host | None = None  # the host this disk was copied from
+        self.disk_busy_until = 0.0
+        self.channels: dict[tuple[str, Channel], tuple[int, Host]] = {}
         self.alarm = float("inf")
 
     @property
     def node_id(self) -> str:
         """Derived from the identity key; a wiped disk has another."""
-        return digest("id", self.world.seed, self.index, self.identity)[:32]
+        of = self.identity_of or self
+        return digest("id", self.world.seed, of.index, of.identity)[:32]
 
     def boot(self) -> None:
         """Start the process from what is on disk."""
@@ -163,7 +166,11 @@ class Host:
             return
         core = self.core
         world.events += 1
+        if world.trace is not None:
+            world.trace(f"{world.now:10.4f} {self.index} {event}")
         for action in core.receive(event, world.now):
+            if world.trace is not None:
+                world.trace(f"{'':10} {self.index}   -> {action}")
             if world.crash_now():
                 self.crash()
             if self.core is not core:
@@ -248,7 +255,7 @@ class Host:
             self.feed(events.PersistDone(action.sequence))
 
         # One writer per host: what was asked first reaches the disk first.
-        self.disk_busy_until = max(getattr(self, "disk_busy_until", 0.0), world.now) + world.fsync()
+        self.disk_busy_until = max(self.disk_busy_until, world.now) + world.fsync()
         world.at(self.disk_busy_until, done)
 
     def _authority(self, boot: int, epoch: int) -> None:
@@ -307,6 +314,7 @@ class World:
         self.counts: dict[str, int] = {}
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
+        self.trace: Callable[[str], object] | None = None
         self.blocked: set[tuple[int, int]] = set()
         self.witness = Witness(self.config)
         self.hosts = [Host(self, i) for i in range(hosts)]
@@ -371,11 +379,10 @@ class World:
     def send(self, source: Host, action: events.Send) -> None:
         """Carry one message, or lose it, or carry it twice."""
         self.witness.sent(source, action)
-        target = self.by_id.get(action.node_id)
         key = (action.node_id, action.channel)
-        if target is None or key not in source.channels:
+        if key not in source.channels:
             return
-        connection = source.channels[key]
+        connection, target = source.channels[key]
         copies = 1 + (self.hostile and self.rng.random() < self.faults.duplicate)
         for _ in range(copies):
             if not self.lost(source, target):
@@ -388,8 +395,8 @@ class World:
         boot = target.boots
 
         def arrive() -> None:
-            alive = target.channels.get((sender, received.channel)) == connection
-            if target.boots == boot and alive:
+            known = target.channels.get((sender, received.channel))
+            if target.boots == boot and known is not None and known[0] == connection:
                 target.feed(received)
 
         self.after(self.delay(), arrive)
@@ -410,8 +417,10 @@ class World:
         def establish() -> None:
             if source.boots != boot or source.core is None:
                 return
-            if target.core is None or target.boots != target_boot or not self._opens(
-                source, target, action.channel
+            if (
+                target.core is None
+                or target.boots != target_boot
+                or not self._opens(source, target, action.channel)
             ):
                 fail("refused", 0.001)
                 return
@@ -432,8 +441,8 @@ class World:
     def _establish(self, source: Host, target: Host, action: events.Connect) -> None:
         connection = next(self._order)
         channel = action.channel
-        source.channels[(target.node_id, channel)] = connection
-        target.channels[(source.node_id, channel)] = connection
+        source.channels[target.node_id, channel] = connection, target
+        target.channels[source.node_id, channel] = connection, source
         there = events.Connected(target.node_id, channel, action.endpoint, target.endpoint.host)
         source.later(0.0, there)
         if target is not source:
@@ -442,18 +451,14 @@ class World:
 
     def cut(self, host: Host, node_id: str, channel: Channel, notice: float) -> None:
         """The connection is gone; the other side learns of it after `notice` seconds."""
-        host.channels.pop((node_id, channel), None)
+        connection, other = host.channels.pop((node_id, channel), (0, host))
         if host.core is not None:
             host.later(0.0, events.Disconnected(node_id, channel))
-        other = self.by_id.get(node_id)
-        if other is None:
-            return
-        connection = other.channels.get((host.node_id, channel))
         mine = host.node_id
 
         def noticed() -> None:
-            if connection is not None and other.channels.get((mine, channel)) == connection:
-                del other.channels[(mine, channel)]
+            if other.channels.get((mine, channel)) == (connection, host):
+                del other.channels[mine, channel]
                 other.later(0.0, events.Disconnected(mine, channel))
 
         self.after(notice, noticed)
