@@ -15,7 +15,7 @@ from firstboot.protocol import events, plan, status
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.errors import FirstbootError
 from firstboot.protocol.messages import Certificate, Granted, from_plain, to_plain
-from firstboot.protocol.model import Channel, Issued
+from firstboot.protocol.model import Channel, Issued, Profile
 from firstboot.transport import Transport
 
 HOST_KEY = "host.key"
@@ -146,12 +146,24 @@ class Carrier:
         granted, key = self._granted(), self.directory.get(HOST_KEY)
         if granted is None or key is None:
             return
-        credentials = pki.cluster_credentials(granted.certificates, granted.authority, key)
+        name = self._channel_certificate(granted)
+        credentials = pki.Credentials(
+            chain=pki.credential(name, granted.certificates, granted.authority, key),
+            key=key,
+            authority=pki.to_pem(granted.authority),
+        )
         self.transport.set_channel(Channel.CLUSTER, credentials, pki.cluster_node_id)
         self.expiries = [
             {"profile": c.profile.value, "not_after": pki.not_after(c.der)}
             for c in granted.certificates
         ]
+
+    def _channel_certificate(self, granted: Granted) -> str:
+        """The master listens, everybody else dials; PEER serves for both."""
+        profiles = {c.profile for c in granted.certificates}
+        if Profile.PEER in profiles:
+            return "peer.crt"
+        return "server.crt" if self.core.founder else "client.crt"
 
     def _granted(self) -> Granted | None:
         saved = self.directory.get(CERTIFICATES)

@@ -16,7 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -59,6 +59,7 @@ class Service:
         self._stage: Stage | None = None
         self._timeline: list[dict[str, Any]] = []
         self._since = time.time()
+        self._bug: BaseException | None = None
         self._leaving = False
         self._stopped = False
         self.core: Assembly
@@ -68,20 +69,28 @@ class Service:
 
     async def run(self) -> int:
         """Run until this host needs the process no more; the exit code."""
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
+        loop.set_exception_handler(self._broken)
         self.journal.ready()
         try:
             await self._start()
             if not self._stopped:
                 self.put(events.DeadlineReached())
-            while not (self._leaving or self._stopped):
+            while not (self._leaving or self._stopped or self._bug):
                 await self._wait()
                 self._turn()
         finally:
             await self._end()
+        if self._bug is not None:
+            raise self._bug
         return 0
+
+    def _broken(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A bug must not become a silent wait: end with its traceback, and systemd starts anew."""
+        self._bug = context.get("exception") or RuntimeError(context["message"])
+        self._wake.set()
 
     def _stop(self) -> None:
         self._stopped = True
@@ -254,20 +263,13 @@ class Service:
 
     def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], events.Event | None]) -> None:
         """Do `work` in that pool, and put the event it answers with into the inbox."""
-        loop = asyncio.get_running_loop()
 
         def done() -> None:
             event = work()
             if event is not None:
-                loop.call_soon_threadsafe(self._answered, event)
+                self._loop.call_soon_threadsafe(self._answered, event)
 
-        pool.submit(done).add_done_callback(
-            lambda future: (
-                loop.call_soon_threadsafe(self._check, future.exception())
-                if not future.cancelled() and future.exception()
-                else None
-            )
-        )
+        pool.submit(done).add_done_callback(self._check)
 
     def _answered(self, event: events.Event) -> None:
         self.carrier.after(event)
@@ -277,10 +279,11 @@ class Service:
             if waiting is not None:
                 self._persist(waiting)
 
-    def _check(self, error: BaseException | None) -> None:
-        """A bug in an adapter must not become a silent wait: end, systemd starts anew."""
+    def _check(self, future: Future[None]) -> None:
+        error = None if future.cancelled() else future.exception()
         if error is not None:
-            raise SystemExit(f"internal error: {error!r}") from error
+            context = {"message": str(error), "exception": error}
+            self._loop.call_soon_threadsafe(self._loop.call_exception_handler, context)
 
     def _announce(self) -> None:
         for provider in self.providers:

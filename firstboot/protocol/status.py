@@ -160,7 +160,8 @@ def _present(core: Assembly) -> str:
 def _discovering(core: Assembly) -> tuple[str, str]:
     missing = core.quorum - core.present_voters()
     text = f"{_present(core)}; waiting for {missing} more"
-    away = [label(p) for p in core.peers.values() if not p.present(core.now) and not p.mismatch]
+    known = [p for p in core.peers.values() if p.hello is not None and not p.mismatch]
+    away = [label(p) for p in known if not p.present(core.now)]
     if away:
         text += f" (seen before, now away: {', '.join(away[:3])})"
     since = core.majority_since
