@@ -132,7 +132,7 @@ def _check_network(said: Said, place: Place, text: str, *, prefix: bool) -> None
         inside = ipaddress.ip_interface(text)
     except ValueError:
         raise wrong(said, place) from None
-    if prefix and "/" not in text:
+    if "%" in text or (prefix and "/" not in text):  # a scope (RFC 4007) means one host's link
         raise wrong(said, place)
     if "/" in text and inside.ip != inside.network.network_address:
         message = f"{dotted(place)} names a host, not a network"

@@ -208,6 +208,11 @@ LINES = {
         "c.yaml:4:17: network.cidr must be a network in CIDR notation, not '10.0.0.0/33'; "
         "for example: cidr: 10.0.0.0/16",
     ),
+    "cidr-with-a-scope": (
+        "network: {cidr: 'fe80::%eth0/64'}",
+        "c.yaml:4:17: network.cidr must be a network in CIDR notation, not 'fe80::%eth0/64'; "
+        "for example: cidr: 10.0.0.0/16",
+    ),
     "static-address": (
         "discovery: [mdns, {static: [10.0.0.5, node-1]}]",
         "c.yaml:4:39: discovery[1].static[1] must be an IP address, with or without a port, "
