@@ -89,7 +89,10 @@ class Service:
 
     def _broken(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """A bug must not become a silent wait: end with its traceback, and systemd starts anew."""
-        self._bug = context.get("exception") or RuntimeError(context["message"])
+        error = context.get("exception")
+        if error is None or isinstance(error, OSError):
+            return  # a socket that broke at a bad moment; whoever used it hears of it as well
+        self._bug = error
         self._wake.set()
 
     def _stop(self) -> None:
