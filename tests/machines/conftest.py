@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.machines.rig import PROJECT, Rig
-
-ARTEFACTS = PROJECT / "build/artefacts"
+from tests.machines.rig import ARTEFACTS, Rig
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

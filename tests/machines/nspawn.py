@@ -8,6 +8,7 @@ one ``payload`` cgroup.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
@@ -90,16 +91,20 @@ class Boot:
 
     def signal(self, number: int) -> None:
         """Signal the machine's PID 1; see systemd(1), "Signals". Nothing if there is none."""
-        with self._changed:
+        with self._changed, contextlib.suppress(ProcessLookupError):
             if self.leader:
                 os.kill(self.leader, number)
 
     def cut(self) -> None:
-        """End it at once, as a power cut does."""
-        with self._changed:
+        """End it at once, as a power cut does, without waiting until it is off."""
+        with self._changed, contextlib.suppress(ProcessLookupError):
             # Without its PID 1 the kernel ends all the rest, and nspawn tidies up after itself.
             # Before there is one, nspawn's own death does the same.
-            os.kill(self.leader or self._process.pid, signal.SIGKILL)
+            if not self.off.is_set():
+                os.kill(self.leader or self._process.pid, signal.SIGKILL)
+
+    def wait_off(self) -> None:
+        """Wait until a cut took effect."""
         if not self.off.wait(10):
             self._process.kill()
             self.off.wait()
@@ -120,7 +125,7 @@ class Boot:
         with self._changed:
             self.leader = 0
             self._process.wait()
-        self.off.set()
+            self.off.set()
 
     def _heard(self, message: str) -> None:
         for line in message.splitlines():

@@ -32,6 +32,7 @@ from tests.network.run import RUNS, Run, cgroups, live_runs, remove_dead_runs, w
 
 PROJECT = Path(__file__).resolve().parents[2]
 IMAGE = PROJECT / "build/image/layers"
+ARTEFACTS = PROJECT / "build/artefacts"
 STATUS = "/run/firstboot/status.json"
 INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
 _INOTIFY_BEFORE = RUNS / "max_user_instances"
@@ -73,7 +74,7 @@ class Machine:
     def leader(self) -> int:
         """Its PID 1 as the real host counts. MachineOff if it is off or not that far yet."""
         if not (self._boot and self._boot.leader):
-            raise MachineOff(f"{self.name} is off; its console: {self.hardware.console}")
+            raise self._is_off()
         return self._boot.leader
 
     def start(self) -> None:
@@ -86,10 +87,16 @@ class Machine:
 
         def booted() -> bool:
             if not self._boot or self._boot.off.is_set():
-                raise MachineOff(f"{self.name} is off; its console: {self.hardware.console}")
+                raise self._is_off()
             return self._boot.ready.wait(0.02)
 
         wait_until(booted, timeout, f"{self.name} ready")
+
+    def cut(self) -> None:
+        """Cut the power and do not wait until it is gone."""
+        if self._boot:
+            self.thaw()
+            self._boot.cut()
 
     def kill(self) -> None:
         """Cut the power. What it wrote to its disk is there at the next start.
@@ -97,9 +104,9 @@ class Machine:
         The real host's memory stands in for the disk's own cache, so writes that were not synced
         survive too: this shows torn sequences, not lost writes.
         """
-        self.thaw()
-        if self._boot and self.running:
-            self._boot.cut()
+        self.cut()
+        if self._boot:
+            self._boot.wait_off()
 
     def poweroff(self, timeout: float = 60) -> None:
         """Shut down in good order; TimeoutError (and it stays on) if that takes too long."""
@@ -133,6 +140,12 @@ class Machine:
         freezer = self.hardware.cgroups[0] / "cgroup.freeze"
         if freezer.exists():
             freezer.write_text("0")
+
+    def _is_off(self) -> MachineOff:
+        status = self._boot.exit_status if self._boot else None
+        console = self.hardware.console
+        last = console.read_text(errors="replace").splitlines()[-5:] if console.exists() else []
+        return MachineOff(f"{self.name} is off (status {status}); it last said: {last}")
 
     # -- inside --
 
@@ -202,6 +215,8 @@ class Machine:
 class Rig:
     """`machines` machines on one network; nothing of it is left after the ``with`` block.
 
+    An error that leaves the block takes consoles and journals along, to ARTEFACTS.
+
     `overrides` gives single machines another user-data. `image` is the file `layers` that
     tests/machines/image wrote. `binds` are nspawn's ``SOURCE:TARGET``, read-only.
     """
@@ -227,6 +242,7 @@ class Rig:
             self.network = Network(machines, self.run)
             texts = dict.fromkeys(self.network.hosts, user_data) | dict(overrides or {})
             self.machines = [self._build(number, texts[number]) for number in texts]
+            self.run.callback(self._cut_all)
         except BaseException:
             self.run.close()
             raise
@@ -242,6 +258,8 @@ class Rig:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, Exception):
+            error.add_note(f"consoles and journals: {self.collect(ARTEFACTS / self.run.prefix)}")
         self.close()
 
     def __getitem__(self, number: int) -> Machine:
@@ -302,8 +320,13 @@ class Rig:
         )
         machine = Machine(number, hardware, self.network.address(number))
         _write_seed(hardware.seed, user_data)
-        self.run.callback(machine.kill)
         return machine
+
+    def _cut_all(self) -> None:
+        for machine in self.machines:
+            machine.cut()
+        for machine in self.machines:
+            machine.kill()
 
 
 def _write_seed(seed: Path, user_data: str) -> None:

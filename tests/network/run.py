@@ -77,13 +77,14 @@ def remove_dead_runs() -> list[str]:
 def live_runs() -> list[str]:
     """Prefixes of the runs going on now, this process's own among them."""
     alive = []
-    for directory in sorted(RUNS.glob("fb*")):
-        try:
-            os.close(_lock(directory))
-        except BlockingIOError:
-            alive.append(directory.name)
-        except FileNotFoundError:
-            continue
+    with _registry():
+        for directory in sorted(RUNS.glob("fb*")):
+            try:
+                os.close(_lock(directory))
+            except BlockingIOError:
+                alive.append(directory.name)
+            except FileNotFoundError:
+                continue
     return alive
 
 
