@@ -128,6 +128,7 @@ install:
 		install -Dm644 "$$unit" -t "$(DESTDIR)$(PREFIX)/lib/systemd/system"; done
 	@for preset in $(wildcard units/*.preset); do \
 		install -Dm644 "$$preset" -t "$(DESTDIR)$(PREFIX)/lib/systemd/system-preset"; done
+	@install -Dm644 units/firstboot.conf -t "$(DESTDIR)$(PREFIX)/lib/tmpfiles.d"
 	@install -Dm644 LICENSE -t "$(DESTDIR)$(PREFIX)/share/licenses/firstboot"
 
 clean:

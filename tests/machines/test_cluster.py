@@ -1,0 +1,319 @@
+"""The main job on real machines: one image, one user-data, real systemd, containers and etcd."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from firstboot.userdata import make_token
+from tests.machines.document import document, user_data
+from tests.machines.rig import Machine, Rig
+
+pytestmark = pytest.mark.machine
+
+FORM = 120.0  # seconds a formation may take on a busy machine before the test gives up
+Launch = Callable[..., Rig]
+
+
+def state(machine: Machine) -> str:
+    """`waiting`, `running`, …; empty while there is no status."""
+    shown = machine.status() if machine.running else None
+    return str(shown["state"]) if shown else ""
+
+
+def problems(machine: Machine) -> dict[str, str]:
+    """The problems a machine tells of, code to text."""
+    shown = machine.status() or {}
+    return {p["code"]: p["text"] for p in shown.get("problems", ())}
+
+
+def wait_running(rig: Rig, *numbers: int) -> None:
+    chosen = [rig[n] for n in numbers] if numbers else list(rig)
+    rig.wait(lambda: all(state(m) == "running" for m in chosen), FORM, "every host runs its role")
+
+
+def by_role(rig: Rig, *numbers: int) -> dict[str, list[Machine]]:
+    roles: dict[str, list[Machine]] = {}
+    for machine in [rig[n] for n in numbers] if numbers else list(rig):
+        shown = machine.status() or {}
+        roles.setdefault(shown["role"], []).append(machine)
+    return roles
+
+
+def container(machine: Machine) -> str:
+    return "etcd" if (machine.status() or {})["role"] == "master" else "etcd-proxy"
+
+
+def etcdctl(machine: Machine, *arguments: str) -> str:
+    argv = ("runc", "exec", "-e", "ETCDCTL_API=3", container(machine), "etcdctl", *arguments)
+    return machine.exec(*argv, timeout=30).stdout
+
+
+def firstboot(machine: Machine, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return machine.exec("firstboot", *arguments, check=False, timeout=30)
+
+
+# ---------------------------------------------------------------- one cluster, and its life
+
+
+@pytest.fixture(scope="module")
+def token() -> str:
+    return make_token()
+
+
+@pytest.fixture(scope="module")
+def cluster(token: str) -> Iterator[Rig]:
+    with Rig(3, user_data(document(3, token))) as rig:
+        rig.start()
+        wait_running(rig)
+        yield rig
+
+
+def test_exactly_one_master_and_every_host_runs(cluster: Rig) -> None:
+    roles = by_role(cluster)
+    assert {role: len(machines) for role, machines in roles.items()} == {"master": 1, "node": 2}
+    shown = [m.status() or {} for m in cluster]
+    assert len({s["cluster_id"] for s in shown}) == 1
+    assert len({s["name"] for s in shown}) == 3
+    for machine in cluster:
+        page = firstboot(machine, "status")
+        assert page.returncode == 0, page.stdout
+        assert "Running as" in page.stdout
+        told = json.loads(firstboot(machine, "status", "--format", "json").stdout)
+        assert set(told["unit_states"].values()) == {"active"}
+        assert machine.exec("systemctl", "is-active", "firstboot.target").stdout == "active\n"
+
+
+def test_a_value_written_on_one_node_is_read_on_another(cluster: Rig) -> None:
+    one, other = by_role(cluster)["node"]
+    assert etcdctl(one, "put", "greeting", "hello") == "OK\n"
+    assert etcdctl(other, "get", "greeting", "--print-value-only") == "hello\n"
+
+
+def test_etcd_refuses_who_has_no_certificate(cluster: Rig) -> None:
+    node, master = by_role(cluster)["node"][0], by_role(cluster)["master"][0]
+    argv = ("curl", "-sk", "--max-time", "5", f"https://{master.address}:2379/health")
+    assert node.exec(*argv, check=False).returncode != 0
+
+
+def test_nothing_resident_is_left(cluster: Rig) -> None:
+    def left() -> bool:
+        return all(
+            m.exec("systemctl", "is-active", "firstboot.service", check=False).stdout
+            == "inactive\n"
+            for m in cluster
+        )
+
+    cluster.wait(left, 30, "firstboot.service has ended on every host")
+
+
+def test_the_token_is_nowhere_but_in_what_the_operator_wrote(cluster: Rig, token: str) -> None:
+    script = (
+        "grep -rlFs -e \"$1\" /var/log /run --exclude-dir=log;"
+        " journalctl --no-pager -o export | grep -cF -e \"$1\";"
+        " cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null"
+        " | tr '\\0' '\\n' | grep -vF grep | grep -cF -e \"$1\""
+    )
+    for machine in cluster:
+        # The needle comes on standard input: as an argument it would find itself.
+        found = machine.exec(
+            "sh", "-c", f'read -r needle; set -- "$needle"; {script}', input=f"{token}\n", check=False
+        )
+        assert found.stdout.split() == ["0", "0"], found.stdout
+        # The check finds what is there: the operator's own file.
+        own = machine.exec("grep", "-rlF", "-e", token[:-1], "/etc/firstboot", check=False)
+        assert own.stdout == "/etc/firstboot/config.yaml\n"
+        assert machine.exec("stat", "-c", "%a", "/etc/firstboot/config.yaml").stdout == "600\n"
+
+
+def test_the_timeline_names_every_phase(cluster: Rig) -> None:
+    for machine in cluster:
+        lines = firstboot(machine, "timeline").stdout
+        for phase in ("network", "discovering", "starting", "running"):
+            assert phase in lines
+
+
+def test_the_history_replays(cluster: Rig) -> None:
+    machine = by_role(cluster)["master"][0]
+    once, again = (
+        firstboot(machine, "replay", "/var/lib/firstboot/history.jsonl") for _ in range(2)
+    )
+    assert once.returncode == 0, once.stderr
+    assert once.stdout == again.stdout
+    assert "Running as master" in once.stdout
+
+
+def test_roles_and_data_survive_a_power_cut_of_all_without_firstboot(cluster: Rig) -> None:
+    before = {m.number: (m.status() or {})["role"] for m in cluster}
+    etcdctl(by_role(cluster)["node"][0], "put", "kept", "yes")
+    cluster_id = (cluster[1].status() or {})["cluster_id"]
+    for machine in cluster:
+        machine.kill()
+    order = [1, 2, 3]
+    random.shuffle(order)
+    for number in order:
+        cluster.start(number)
+    cluster.ready()
+
+    def back() -> bool:
+        return all(
+            m.exec("systemctl", "is-active", "firstboot.target", check=False).stdout == "active\n"
+            for m in cluster
+        )
+
+    cluster.wait(back, FORM, "systemd brought every role back")
+    wait_running(cluster)
+    assert {m.number: (m.status() or {})["role"] for m in cluster} == before
+    assert {(m.status() or {})["cluster_id"] for m in cluster} == {cluster_id}
+    node = by_role(cluster)["node"][1]
+    cluster.wait(lambda: _reads(node, "kept", "yes"), 60, "the value is still there")
+    for machine in cluster:
+        ran = machine.exec("journalctl", "-b", "-u", "firstboot.service", "-o", "cat").stdout
+        assert "Running as" not in ran
+        assert "peers" not in ran
+
+
+def _reads(machine: Machine, key: str, wanted: str) -> bool:
+    try:
+        return etcdctl(machine, "get", key, "--print-value-only") == f"{wanted}\n"
+    except subprocess.CalledProcessError:
+        return False
+
+
+def test_a_unit_that_dies_for_good_is_told(cluster: Rig) -> None:
+    node = by_role(cluster)["node"][0]
+    node.exec("systemctl", "stop", "etcd-proxy.service")
+    page = firstboot(node, "status")
+    assert page.returncode == 2
+    assert "etcd-proxy.service is inactive" in page.stdout
+    node.exec("systemctl", "start", "etcd-proxy.service")
+
+
+# ---------------------------------------------------------------- three masters
+
+
+def test_three_masters_are_one_etcd(launch: Launch) -> None:
+    rig = launch(3, user_data(document(3, masters="3")))
+    rig.start()
+    wait_running(rig)
+    assert len(by_role(rig)["master"]) == 3
+    members = etcdctl(rig[1], "member", "list").splitlines()
+    assert len(members) == 3
+    assert all(" started," in m for m in members)
+    etcdctl(rig[1], "put", "three", "masters")
+    rig[1].kill()
+    rig.wait(lambda: _reads(rig[2], "three", "masters"), 60, "two of three masters still serve")
+
+
+# ---------------------------------------------------------------- who is missing, who is wrong
+
+
+def test_two_of_three_wait_and_say_so_and_the_third_completes(launch: Launch) -> None:
+    rig = launch(3, user_data(document(3)))
+    rig.start(1, 2)
+
+    def wait_for_one() -> bool:
+        return all("2 of 3 hosts are present" in sentence(rig[n]) for n in (1, 2))
+
+    rig.wait(wait_for_one, FORM, "two hosts wait for the third")
+    for number in (1, 2):
+        page = firstboot(rig[number], "status")
+        assert page.returncode == 2
+        assert "waiting for 1 more" in page.stdout
+        assert "Boot the missing hosts" in page.stdout
+        assert rig[number].exec("systemctl", "is-active", "multi-user.target").stdout == "active\n"
+        assert not any(u in rig[number].exec("ls", "/etc/systemd/system").stdout for u in ("etcd",))
+    rig.start(3)
+    wait_running(rig)
+    assert len(by_role(rig)["master"]) == 1
+
+
+def sentence(machine: Machine) -> str:
+    return str((machine.status() or {}).get("sentence", "")) if machine.running else ""
+
+
+def test_a_wrong_token_is_told_and_the_others_form(launch: Launch) -> None:
+    good = user_data(document(3))
+    rig = launch(4, good, overrides={4: user_data(document(3))})
+    rig.start()
+    wait_running(rig, 1, 2, 3)
+    rig.wait(lambda: "TOKEN_MISMATCH" in problems(rig[4]), 60, "host 4 says its token is wrong")
+    assert problems(rig[4])["TOKEN_MISMATCH"].startswith("This host's token does not match")
+    assert (rig[4].status() or {})["cluster_id"] is None
+    assert len({(rig[n].status() or {})["cluster_id"] for n in (1, 2, 3)}) == 1
+
+
+GARBAGE = "\x00\x01\x02 not a cloud-config \udcff".encode("utf-8", "surrogateescape")
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "told"),
+    [
+        ("cluster: demo\nexpcet: 3\n", "78", "config.yaml:2:1"),
+        ("cluster: demo\nexpect: 3\ntoken: changeme\n", "78", "config.yaml:3:"),
+        ("cluster: {{ v1.nothing }\n", "78", "config.yaml:1:"),
+    ],
+    ids=["unknown-key", "placeholder-token", "not-yaml"],
+)
+def test_a_mistake_in_the_document_starts_nothing_and_is_told(
+    launch: Launch, content: str, code: str, told: str
+) -> None:
+    rig = launch(1, user_data(content))
+    rig.start()
+    rig.wait(lambda: state(rig[1]) == "failed", FORM, "the mistake is told")
+    rig.ready()
+    page = firstboot(rig[1], "status")
+    assert page.returncode == 1
+    assert told in page.stdout
+    shown = rig[1].exec(
+        "systemctl", "show", "-P", "ExecMainStatus", "firstboot.service", check=False
+    ).stdout.strip()
+    assert shown == code
+    assert told in rig[1].hardware.console.read_text(errors="replace")
+    assert "Traceback" not in rig[1].journal("firstboot.service")
+
+
+def test_garbage_user_data_leaves_an_unconfigured_host_and_the_others_form(launch: Launch) -> None:
+    rig = launch(3, user_data(document(2)), overrides={3: "\x01\x02 %PNG garbage \x7f\n"})
+    rig.start()
+    wait_running(rig, 1, 2)
+    rig.wait(lambda: state(rig[3]) == "unconfigured", FORM, "host 3 says that it got nothing")
+    rig.ready(3)
+    page = firstboot(rig[3], "status")
+    assert page.returncode == 0
+    assert "not configured" in page.stdout
+
+
+def test_two_formations_on_one_bridge_are_two_clusters(launch: Launch) -> None:
+    one, other = user_data(document(2)), user_data(document(2, formation="second"))
+    rig = launch(4, one, overrides={3: other, 4: other})
+    rig.start()
+    wait_running(rig)
+    ids = [(m.status() or {})["cluster_id"] for m in rig]
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+    assert len(by_role(rig)["master"]) == 2
+
+
+def test_a_broken_image_is_told_and_retried_until_it_is_there(launch: Launch) -> None:
+    bad = document(1, etcd="{image: 'oci:/srv/etcd:latest'}")
+    rig = launch(1, user_data(bad))
+    rig.start()
+    rig.wait(lambda: "STEP_FAILED" in problems(rig[1]), FORM, "the missing image is told")
+    assert "/srv/etcd" in problems(rig[1])["STEP_FAILED"]
+    assert firstboot(rig[1], "status").returncode == 2
+    rig[1].exec("cp", "-a", "/usr/lib/firstboot/images/etcd", "/srv/etcd")
+    wait_running(rig)
+
+
+def test_a_unit_that_fails_is_told_with_its_last_lines(launch: Launch) -> None:
+    rig = launch(1, user_data(document(1)))
+    rig.start()
+    # Something else holds etcd's port before the role starts.
+    rig[1].ready()
+    shown: dict[str, Any] = {}
+    assert state(rig[1]) in ("running", "waiting", "degraded"), shown
