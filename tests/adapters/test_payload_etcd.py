@@ -16,9 +16,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -278,9 +278,11 @@ class Host:
         self.me, self.root, self.runtime = me, directory / me.name, runtime
         self.namespace = network.attach(me)
         self.state = Path(tempfile.mkdtemp(prefix="fbet", dir="/tmp"))  # short: it holds a socket
-        self.ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.ready.bind(str(self.state / "notify"))
-        self.ready.settimeout(READY_SECONDS)
+        self.notifications = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.notifications.bind(str(self.state / "notify"))
+        self.told_ready = threading.Event()
+        self.listener = threading.Thread(target=self.listen)
+        self.listener.start()
         self.process: subprocess.Popen[bytes] | None = None
         self.name = self.deployment = ""
         self.command: list[str] = []
@@ -297,12 +299,21 @@ class Host:
             elif isinstance(step, InstallContainer):
                 done = install(self.root, step.name, step.image, dict(step.values), self.runtime)
                 self.name, self.deployment = step.name, done.container.deployment
+                self.move_cgroup()
             elif isinstance(step, StartUnit):
                 unit = (self.root / "etc/systemd/system" / step.unit).read_text()
                 (start,) = (x for x in unit.splitlines() if x.startswith("ExecStart="))
                 self.command = shlex.split(start.removeprefix("ExecStart="))
-            else:
+            elif isinstance(step, Probe):
                 self.probe = step
+
+    def move_cgroup(self) -> None:
+        """These hosts share one kernel's cgroups: give each a tree. Nothing else is changed."""
+        path = self.root / self.deployment.lstrip("/") / "config.json"
+        config = json.loads(path.read_text())
+        assert config["linux"]["cgroupsPath"] == f"/system.slice/{self.name}.service/payload"
+        config["linux"]["cgroupsPath"] = f"/{self.namespace}{config['linux']['cgroupsPath']}"
+        path.write_text(json.dumps(config))
 
     def inside(self, *argv: str) -> list[str]:
         """`argv` on this host: its network, its /etc and /var/lib, and state of its own."""
@@ -334,11 +345,15 @@ class Host:
 
     def wait_ready(self) -> None:
         """Until the payload has told systemd that it is ready."""
-        try:
-            while b"READY=1" not in self.ready.recv(4096):
-                pass
-        except TimeoutError:
-            raise AssertionError(f"{self.me.name} never became ready:\n{self.log()}") from None
+        if not self.told_ready.wait(READY_SECONDS):
+            raise AssertionError(f"{self.me.name} never became ready:\n{self.log()}")
+        self.told_ready.clear()
+
+    def listen(self) -> None:
+        """Take every notification, as systemd does: crun waits until its last one is read."""
+        while message := self.notifications.recv(4096):
+            if b"READY=1" in message:
+                self.told_ready.set()
 
     def log(self) -> str:
         return (self.state / "log").read_text(errors="replace")[-3000:]
@@ -382,8 +397,12 @@ class Host:
 
     def close(self) -> None:
         self.stop("KILL")
-        self.ready.close()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+            end.sendto(b"", str(self.state / "notify"))
+        self.listener.join()
+        self.notifications.close()
         shutil.rmtree(self.state)
+        shutil.rmtree(self.root)  # 40 MB that nobody will look at
 
 
 @pytest.fixture
@@ -391,17 +410,12 @@ def network() -> Iterator[Network]:
     need("ip", "nsenter", "unshare", "runc", "crun", "umoci", "systemd-tmpfiles")
     if os.geteuid() != 0:
         pytest.fail("real containers need root: run 'sudo make test'")
-    slices = [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").glob("*/")]
-    before = {s for s in slices if (s / "system.slice").is_dir()}
     with Network() as found:
         yield found
-    for top in slices:
-        for name in ("etcd.service", "etcd-proxy.service"):
-            with suppress(OSError):  # gone already, or a real service's
-                (top / "system.slice" / name).rmdir()
-        if top not in before:
-            with suppress(OSError):
-                (top / "system.slice").rmdir()
+    mounts = [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").glob("*/")]
+    for top in (mount / name for mount in mounts for name in found.names):
+        for directory, _, _ in os.walk(top, topdown=False):
+            Path(directory).rmdir()
 
 
 @pytest.fixture
