@@ -18,7 +18,7 @@ from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.model import Ballot, ClusterConfig, Register, Stage
 from tests.sim.campaign import campaign, narrated
 from tests.sim.invariants import Violation
-from tests.sim.world import Faults, World, simulate
+from tests.sim.world import Faults, Host, World, simulate
 
 ROOT = Path(__file__).parents[2]
 SEEDS = 500
@@ -133,7 +133,7 @@ def test_two_of_three_form_when_the_grace_period_is_over_and_say_who_is_missing(
     assert world.run(90.0, world.all_running)
 
 
-def _runs(host: Any) -> bool:
+def _runs(host: Host) -> bool:
     return host.gone or (host.core is not None and host.core.stage is Stage.RUNNING)
 
 
@@ -163,7 +163,10 @@ def test_a_master_that_dies_before_active_is_replaced(seed: int) -> None:
     world = World(seed, hosts=3, faults=Faults(until=0.0))
     for host in world.hosts:
         world.at(0.0, host.boot)
-    signing = lambda: [h for h in world.hosts if h.core and h.core.stage is Stage.SIGNING]  # noqa: E731
+
+    def signing() -> list[Host]:
+        return [h for h in world.hosts if h.core and h.core.stage is Stage.SIGNING]
+
     assert world.run(10.0, lambda: bool(signing()))
     master = signing()[0]
     master.crash()
