@@ -1,0 +1,234 @@
+"""Formation with real processes, sockets, TLS, mDNS and disks, in network namespaces."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from firstboot.userdata import make_token
+from tests.machines.document import document
+from tests.network.hosts import PROJECT, Hosts
+from tests.network.run import wait_until
+
+pytestmark = pytest.mark.network
+
+NONE = {"payload": "none"}
+
+
+def test_three_hosts_form_over_mdns(tmp_path: Path) -> None:
+    with Hosts(3, tmp_path) as hosts:
+        hosts.start()
+        hosts.wait_running()
+        assert hosts.masters() == 1
+        assert len(hosts.clusters()) == 1
+        # Nothing is resident: every process ends by itself, and well.
+        for host in hosts.all:
+            assert host.process is not None
+            assert host.process.wait(30) == 0
+            assert (host.root / "var/lib/firstboot/complete").exists()
+
+
+def test_files_are_private_and_the_token_stays_where_it_was(tmp_path: Path) -> None:
+    token = make_token()
+    with Hosts(2, tmp_path, document(2, token, **NONE)) as hosts:
+        hosts.start()
+        hosts.wait_running()
+        for host in hosts.all:
+            assert host.process is not None
+            host.process.wait(30)
+            with_token = [
+                path.relative_to(host.root).as_posix()
+                for path in host.root.rglob("*")
+                if path.is_file() and token.encode() in path.read_bytes()
+            ]
+            assert with_token == ["etc/firstboot/config.yaml"]
+            state = host.root / "var/lib/firstboot"
+            assert stat.S_IMODE(state.stat().st_mode) == 0o700
+            keys = [p for p in state.rglob("*") if p.is_file() and b"PRIVATE" in p.read_bytes()]
+            assert len(keys) >= 2
+            assert {stat.S_IMODE(p.stat().st_mode) for p in keys} == {0o600}
+            authorities = list((state / "secrets").glob("authority/*"))
+            assert bool(authorities) == (host.status["role"] == "master")
+
+
+def test_static_addresses_without_multicast(tmp_path: Path) -> None:
+    listed = "[{static: [10.77.0.11, 10.77.0.12, '10.77.0.13:7443']}]"
+    with Hosts(3, tmp_path, document(3, discovery=listed, **NONE)) as hosts:
+        hosts.network.no_multicast()
+        hosts.start()
+        hosts.wait_running()
+        assert len(hosts.clusters()) == 1
+
+
+def test_multicast_that_comes_late(tmp_path: Path) -> None:
+    with Hosts(3, tmp_path) as hosts:
+        hosts.network.no_multicast()
+        hosts.start()
+        # Longer than zeroconf's own queries go on: only asking again helps.
+        time.sleep(20)
+        assert all(h.status["present"] == 1 for h in hosts.all)
+        hosts.network.heal()
+        hosts.wait_running(timeout=15)
+
+
+def test_a_partition_forms_nothing_on_either_side_until_grace(tmp_path: Path) -> None:
+    with Hosts(3, tmp_path, document(3, election="{strict: true}", **NONE)) as hosts:
+        hosts.network.partition({1, 2}, {3})
+        hosts.start()
+        wait_until(
+            lambda: hosts[1].status.get("present") == hosts[2].status.get("present") == 2,
+            30,
+            "two hosts see one another",
+        )
+        assert hosts.clusters(1, 2) == {None}
+        hosts.network.heal()
+        hosts.wait_running()
+        assert len(hosts.clusters()) == 1
+
+
+def test_two_of_three_form_after_the_grace_period_and_the_third_joins(tmp_path: Path) -> None:
+    with Hosts(3, tmp_path, document(3, election="{grace: 2s}", **NONE)) as hosts:
+        hosts.start(1, 2)
+        wait_until(lambda: all(h.status.get("active") for h in hosts.all[:2]), 30, "two hosts form")
+        master = next(h for h in hosts.all[:2] if h.status["role"] == "master")
+        codes = {p["code"] for p in master.status["problems"]}
+        assert codes == {"INCOMPLETE"}
+        hosts.start(3)
+        hosts.wait_running()
+        assert len(hosts.clusters()) == 1
+
+
+def test_a_wrong_token_in_a_static_list_is_told(tmp_path: Path) -> None:
+    listed = "[{static: [10.77.0.11, 10.77.0.12, 10.77.0.13]}]"
+    good = document(2, discovery=listed, **NONE)
+    other = document(2, discovery=listed, **NONE)
+    with Hosts(3, tmp_path, good, overrides={3: other}) as hosts:
+        hosts.start()
+        hosts.wait_running(1, 2)
+        wait_until(lambda: "TOKEN_MISMATCH" in str(hosts[3].status), 30, "host 3 tells")
+        assert hosts[3].status["cluster_id"] is None
+
+
+def test_another_expect_is_told_on_both(tmp_path: Path) -> None:
+    token = make_token()
+    two, three = document(2, token, **NONE), document(3, token, **NONE)
+    with Hosts(2, tmp_path, two, overrides={2: three}) as hosts:
+        hosts.start()
+        for host in hosts.all:
+            wait_until(lambda h=host: "CONFIG_MISMATCH" in str(h.status), 30, "both tell")
+        assert hosts.clusters() == {None}
+
+
+def test_a_copied_disk_stops_both(tmp_path: Path) -> None:
+    with Hosts(3, tmp_path) as hosts:
+        hosts.start(1)
+        wait_until(lambda: hosts[1].state == "waiting", 30, "host 1 waits")
+        hosts[1].kill()
+        copied = hosts[2].root / "var/lib"
+        copied.mkdir(parents=True)
+        subprocess.run(["cp", "-a", hosts[1].root / "var/lib/firstboot", copied], check=True)
+        (hosts[2].root / "etc/machine-id").write_text(f"{1:032x}\n")  # looks the same
+        hosts.start(1, 2)
+        for number in (1, 2):
+            wait_until(
+                lambda n=number: hosts[n].state == "failed", 30, "a duplicate identity is seen"
+            )
+            assert hosts[number].status["problems"][0]["code"] == "DUPLICATE_IDENTITY"
+
+
+def test_strangers_disturb_nobody(tmp_path: Path) -> None:
+    with Hosts(3, tmp_path) as hosts:
+        hosts.start(1, 2)
+        wait_until(lambda: hosts[1].status.get("present") == 2, 30, "two hosts meet")
+        stranger = (
+            "import os, socket\n"
+            "open_ones = []\n"
+            "for n in range(300):\n"
+            "    s = socket.create_connection(('10.77.0.11', 7443), 5)\n"
+            "    s.sendall(os.urandom(1 + n)) if n % 3 else None\n"
+            "    open_ones.append(s) if n % 2 else s.close()\n"
+            "u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+            "for n in range(2000):\n"
+            "    u.sendto(os.urandom(n % 1400), ('224.0.0.251', 5353))\n"
+            "print('done', flush=True)\n"
+            "import time; time.sleep(30)\n"
+        )
+        flood = hosts.network.popen(3, sys.executable, "-c", stranger, stdout=subprocess.PIPE)
+        assert flood.stdout is not None
+        assert flood.stdout.readline() == "done\n"
+        hosts.start(3)
+        hosts.wait_running()
+        assert len(hosts.clusters()) == 1
+        assert any(h.status["strangers"]["count"] for h in hosts.all)
+        flood.kill()
+        flood.communicate()
+
+
+def test_after_close_the_bootstrap_channel_answers_nobody(tmp_path: Path) -> None:
+    """A29: the founder is kept alive here by a member that never confirms."""
+    with Hosts(2, tmp_path) as hosts:
+        hosts.start()
+        hosts.wait_running()
+        for host in hosts.all:
+            assert host.process is not None
+            host.process.wait(30)
+        probe = "import socket; socket.create_connection(('10.77.0.11', 7443), 2)"
+        done = hosts.network.run(2, sys.executable, "-c", probe, check=False)
+        assert "ConnectionRefusedError" in done.stderr
+
+
+def test_status_and_timeline_speak_at_every_phase(tmp_path: Path) -> None:
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "firstboot", *words, "--root", str(tmp_path / "h1")]
+        return subprocess.run(argv, capture_output=True, text=True, cwd=PROJECT, check=False)
+
+    with Hosts(2, tmp_path) as hosts:
+        before = ask("status")
+        assert (before.returncode, before.stdout.splitlines()[0]) == (
+            2,
+            "firstboot has not run on this host yet.",
+        )
+        hosts.start(1)
+        wait_until(lambda: hosts[1].state == "waiting", 30, "host 1 waits")
+        waiting = ask("status")
+        assert waiting.returncode == 2
+        assert "1 of 2 hosts are present; waiting for 1 more" in waiting.stdout
+        assert "mdns" in waiting.stdout
+        hosts.start(2)
+        hosts.wait_running()
+        done = ask("status", "--wait", "--format", "json")
+        assert done.returncode == 0
+        assert json.loads(done.stdout)["stage"] == "running"
+        assert "running" in ask("timeline").stdout
+
+
+# ---------------------------------------------------------------- kill -9
+
+RUNS = 20
+
+
+@pytest.mark.parametrize("run", range(RUNS))
+def test_killed_at_any_moment_it_is_one_cluster(tmp_path: Path, run: int) -> None:
+    """Every host is killed at its own random moment of the formation and restarted."""
+    rng = random.Random(os.urandom(8) if "CI" not in os.environ else run)
+    listed = "[mdns, {static: [10.77.0.11, 10.77.0.12, 10.77.0.13]}]"
+    with Hosts(3, tmp_path, document(3, discovery=listed, **NONE)) as hosts:
+        hosts.start()
+        # A formation takes about a second from process start to the end.
+        due = sorted((rng.uniform(0.2, 1.6), host.number) for host in hosts.all)
+        started = time.monotonic()
+        for at, number in due:
+            time.sleep(max(0.0, started + at - time.monotonic()))
+            hosts[number].kill()
+            hosts[number].start()
+        hosts.wait_running(timeout=90)
+        assert len(hosts.clusters()) == 1
+        assert hosts.masters() == 1
