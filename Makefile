@@ -50,7 +50,7 @@ packages:
 		missing=; for package in $(DEBIAN); do \
 			grep -qx "installed $$package" <<<"$$present" || missing="$$missing $$package"; done; \
 		[ -z "$$missing" ] || { echo "installing:$$missing"; $(SUDO) apt-get -qq update; \
-			$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends \
+			$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 install --no-install-recommends \
 				$$missing </dev/null >/dev/null; }; \
 	elif command -v dnf >/dev/null; then \
 		missing=; for package in $(FEDORA); do \
