@@ -37,7 +37,8 @@ def _never_ran(root: Path) -> dict[str, Any]:
     except FirstbootError as error:
         configured, text = True, str(error)
     state = "waiting" if configured else "unconfigured"
-    text = text[:1].upper() + text[1:]
+    if text.startswith("not configured"):
+        text = f"This host is {text}"
     hint = "Look at: systemctl status firstboot.service" if configured else ""
     return {
         "stage": state,
