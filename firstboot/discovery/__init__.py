@@ -1,0 +1,1 @@
+"""Ways to find peers, one per file, behind one interface."""
