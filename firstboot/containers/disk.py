@@ -57,46 +57,52 @@ def sync_tree(directory: Path) -> None:
     run(["sync", "-f", str(directory)], timeout=SYNC_SECONDS)
 
 
-def staging_name(path: Path) -> Path:
-    """Where the next content of `path` is prepared. Always the same: no crash leaves litter."""
-    return path.with_name(f".{path.name}.new")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to prepare the next `path` under; it takes its place, durably, at the end.
+
+    The name is always the same, so that no crash leaves litter, and a failure leaves none either.
+    """
+    staged = path.with_name(f".{path.name}.new")
+    staged.unlink(missing_ok=True)
+    try:
+        yield staged
+        staged.replace(path)
+    finally:
+        # Also after success: rename(2) does nothing for two names of one inode.
+        staged.unlink(missing_ok=True)
+    sync_directory(path.parent)
 
 
 def write_file(path: Path, content: bytes, mode: int) -> None:
     """Replace `path` by `content`, atomically and durably; parents are made as needed."""
-    with _replacing(path, mode) as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as staged, _durable(staged, mode) as file:
         file.write(content)
 
 
 def copy_file(source: Path, path: Path) -> None:
     """Replace `path` by a copy of `source` with its mode, atomically and durably."""
     mode = stat.S_IMODE(source.stat().st_mode)
-    with source.open("rb") as original, _replacing(path, mode) as file:
+    with source.open("rb") as original, replacing(path) as staged, _durable(staged, mode) as file:
         shutil.copyfileobj(original, file)
 
 
 @contextmanager
-def _replacing(path: Path, mode: int) -> Iterator[BinaryIO]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = staging_name(path)
-    staged.unlink(missing_ok=True)
-    handle = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+def _durable(path: Path, mode: int) -> Iterator[BinaryIO]:
+    """A new file to write to; its content is on disk when it is closed."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     with os.fdopen(handle, "wb") as file:
         os.fchmod(handle, mode)  # whatever the umask took away
         yield file
         file.flush()
         os.fsync(handle)
-    staged.replace(path)
-    sync_directory(path.parent)
 
 
 def switch_link(link: Path, target: str) -> None:
     """Point the symbolic link `link` at `target` in one step, durably."""
-    staged = staging_name(link)
-    staged.unlink(missing_ok=True)
-    staged.symlink_to(target)
-    staged.replace(link)
-    sync_directory(link.parent)
+    with replacing(link) as staged:
+        staged.symlink_to(target)
 
 
 def read_if_there(path: Path) -> bytes | None:

@@ -175,14 +175,11 @@ def _create(file: HostFile, target: Path, may_link: bool) -> None:
 
 def _linked(source: Path, target: Path) -> bool:
     """Share the deployment's file with the host, unless its SELinux label would be wrong there."""
-    staged = disk.staging_name(target)
-    staged.unlink(missing_ok=True)
     try:
         if "security.selinux" in os.listxattr(source):
             return False
-        staged.hardlink_to(source)
+        with disk.replacing(target) as staged:
+            staged.hardlink_to(source)
     except OSError:  # another file system, or one without links or attributes: copy
         return False
-    staged.replace(target)
-    disk.sync_directory(target.parent)
     return True

@@ -36,10 +36,12 @@ def probe(path: str) -> Runtime:
         raise ContainerError(
             f"Cannot install the container: the runtime {path} is not installed"
         ) from None
+    run_options = run([path, "run", "--help"], timeout=PROBE_SECONDS)
+    options = run([path, "--help"], timeout=PROBE_SECONDS)
     return Runtime(
         path,
-        pid_file="--pid-file" in _help([path, "run", "--help"]),
-        systemd_cgroup=os.geteuid() == 0 and "--systemd-cgroup" in _help([path, "--help"]),
+        pid_file="--pid-file" in run_options,
+        systemd_cgroup=os.geteuid() == 0 and "--systemd-cgroup" in options,
     )
 
 
@@ -67,10 +69,3 @@ def exec_values(
         "EXEC_STARTPRE": "",
         "EXEC_STOPPOST": "",
     }
-
-
-def _help(argv: list[str]) -> str:
-    try:
-        return run(argv, timeout=PROBE_SECONDS)
-    except ContainerError:
-        return ""
