@@ -13,7 +13,7 @@ from typing import Any
 from firstboot import containers, health, host, pki, units
 from firstboot.protocol import events, plan, status
 from firstboot.protocol.assembly import Assembly
-from firstboot.protocol.errors import FirstbootError
+from firstboot.protocol.errors import FirstbootError, LocalError
 from firstboot.protocol.messages import Certificate, Granted, from_plain, to_plain
 from firstboot.protocol.model import Channel, Issued, Profile
 from firstboot.transport import Transport
@@ -189,7 +189,7 @@ class Carrier:
     def _run(self, step: plan.Step) -> None:
         match step:
             case plan.WriteFile():
-                host.write_durably(self.root / step.path[1:], self._content(step), step.mode)
+                self._write(step.path[1:], self._content(step), step.mode)
             case plan.InstallContainer():
                 done = containers.install(self.root, step.name, step.image, dict(step.values))
                 if done.needs_reload:
@@ -201,6 +201,14 @@ class Carrier:
                 health.wait(step, self.root)
             case plan.ReachTarget():
                 self._reach_target(step.units)
+
+    def _write(self, path: str, content: bytes, mode: int) -> None:
+        where = self.root / path
+        try:
+            where.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LocalError(f"cannot make {where.parent}: {error.strerror}") from None
+        host.write_durably(where, content, mode)
 
     def _content(self, step: plan.WriteFile) -> bytes:
         if not step.credential:
@@ -220,7 +228,7 @@ class Carrier:
         if self.root != Path("/"):
             return  # a tree under test, or an image being made: no systemd of ours runs there
         lines = ["[Unit]", *(f"{key}={name}" for name in names for key in ("Requires", "After"))]
-        host.write_durably(self.root / DROP_IN, "\n".join([*lines, ""]).encode(), 0o644)
+        self._write(DROP_IN, "\n".join([*lines, ""]).encode(), 0o644)
         self.systemd.reload()
         self.systemd.enable(TARGET)
         self.systemd.start(TARGET, deadline=60.0)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
@@ -66,6 +68,7 @@ _UNREADABLE = (
     UnsupportedAlgorithm,
     x509.InvalidVersion,
     x509.DuplicateExtension,
+    x509.ExtensionNotFound,
     x509.UnsupportedGeneralNameType,
 )
 _PEM = serialization.Encoding.PEM
@@ -145,11 +148,9 @@ def node_id_of_certificate(der: bytes) -> str:
 def cluster_node_id(der: bytes) -> str:
     """The identity of a peer on the cluster channel, from the one URI its certificate names."""
     certificate = _certificate(der)
-    try:
+    with _reading("the certificate names no host"):
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-    except (*_UNREADABLE, x509.ExtensionNotFound):
-        raise RemoteError("the certificate names no host") from None
     found = uris[0].removeprefix(NODE_URI) if len(uris) == 1 else ""
     if uris[:1] != [NODE_URI + found] or not NODE_ID.match(found):
         raise RemoteError("the certificate names no host")
@@ -250,7 +251,9 @@ def sign(
     end = min(begin + BACKDATE + LIFETIME, _expiry(issuer))
     if end <= begin + BACKDATE:
         raise LocalError("the cluster CA has expired, or this host's clock is wrong")
-    subject = _name(member.name, organization)
+    # etcd's gRPC proxy refuses a client certificate that lends a common name's rights to all.
+    name = "" if profile is Profile.CLIENT else member.name
+    subject = _name(name, organization)
     builder = _leaf_builder(subject, issuer.subject, key, (begin, end), _USAGES[profile])
     builder = builder.add_extension(_alternative_names(member, profile), critical=False)
     signer = _private(authority.key)
@@ -278,10 +281,8 @@ def check_granted(
     if len({c.profile for c in certificates}) != len(certificates):
         raise RemoteError("the answer holds two certificates of one profile")
     for certificate in certificates:
-        try:
+        with _reading(f"the {certificate.profile} certificate cannot be read"):
             reason = _why_not_ours(certificate, issuer, key_digest(key), member)
-        except (*_UNREADABLE, x509.ExtensionNotFound):
-            reason = "cannot be read"
         if reason:
             raise RemoteError(f"the {certificate.profile} certificate {reason}")
 
@@ -313,8 +314,8 @@ def cluster_credentials(
 
 
 def _name(common_name: str, organization: str = "") -> x509.Name:
-    parts = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, organization)] if organization else []
-    return x509.Name([*parts, x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+    parts = ((NameOID.ORGANIZATION_NAME, organization), (NameOID.COMMON_NAME, common_name))
+    return x509.Name([x509.NameAttribute(oid, text) for oid, text in parts if text])
 
 
 def _moment(now: float | None) -> datetime:
@@ -341,22 +342,32 @@ def _digest(key: ec.EllipticCurvePublicKey) -> str:
     return hashlib.sha256(key.public_bytes(_DER, form)).hexdigest()
 
 
+@contextmanager
+def _reading(mistake: str) -> Iterator[None]:
+    """Around parsing what a peer sent: what that raises is the peer's mistake.
+
+    What it warns of is nobody's concern here; a peer must not be able to write to our log.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except _UNREADABLE:
+            raise RemoteError(mistake) from None
+
+
 def _certificate(der: bytes) -> x509.Certificate:
     if len(der) > MAX_BLOB:
         raise RemoteError("the certificate is too large")
-    try:
+    with _reading("the certificate cannot be read"):
         return x509.load_der_x509_certificate(der)
-    except _UNREADABLE:
-        raise RemoteError("the certificate cannot be read") from None
 
 
 def _public(
     source: x509.Certificate | x509.CertificateSigningRequest,
 ) -> ec.EllipticCurvePublicKey:
-    try:
+    with _reading("the public key cannot be read"):
         key = source.public_key()
-    except _UNREADABLE:
-        raise RemoteError("the public key cannot be read") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
         raise RemoteError("the public key is not a P-256 key")
     return key
@@ -365,12 +376,10 @@ def _public(
 def _requested_key(csr: bytes, node_id: str) -> ec.EllipticCurvePublicKey:
     if len(csr) > MAX_REQUEST:
         raise RemoteError(f"the request has {len(csr)} bytes; at most {MAX_REQUEST} are allowed")
-    try:
+    with _reading("the request cannot be read"):
         request = x509.load_der_x509_csr(csr)
         subject, attributes = request.subject, list(request.attributes)
         algorithm, proven = request.signature_hash_algorithm, request.is_signature_valid
-    except _UNREADABLE:
-        raise RemoteError("the request cannot be read") from None
     key = _public(request)
     if not proven or not isinstance(algorithm, hashes.SHA256):
         raise RemoteError("the request is not signed by the key it names")
@@ -466,8 +475,12 @@ def _why_not_ours(
         return "is for another key"
     if cluster_node_id(granted.der) != member.node_id:
         return "is for another host"
-    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    if [n.value for n in names] != [member.name]:
+    common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    expected = [] if granted.profile is Profile.CLIENT else [member.name]
+    san = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    if [n.value for n in common] != expected or (
+        member.name not in san.get_values_for_type(x509.DNSName)
+    ):
         return "is for another name"
     usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value

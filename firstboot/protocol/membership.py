@@ -20,6 +20,8 @@ from firstboot.protocol.plan import Payload
 from firstboot.protocol.situation import Random
 from firstboot.protocol.voter import Voter
 
+DIAL_TIME = 5.0  # seconds after which a dial has failed
+CLUSTER_RETRY = 0.05  # seconds before a refused dial is tried again; doubles each time
 RESEND = 2.0  # seconds before a request without an answer is sent again
 LEAVE_ANYWAY = 60.0  # a node stops waiting for a master that cannot note its Confirmed
 
@@ -45,6 +47,7 @@ class Membership(Voter):
         self.noted = False  # the master knows that this host has ACTIVE on disk
         self.confirmed = set(stored.confirmed)
         self._request_asked = False
+        self._cluster_retry = CLUSTER_RETRY
         self._storing: Member | None = None  # whose certificates are being stored
         self._enrol_at = self._cluster_dial_at = self._tell_at = now
         self._active_since: float | None = now if stored.activated else None
@@ -155,6 +158,11 @@ class Membership(Voter):
     def _on_certificates_rejected(self, event: events.CertificatesRejected) -> None:
         self._storing, self.denied = None, event.reason
 
+    def _cluster_refused(self) -> None:
+        """Usually the master is still storing its own certificates: ask again soon."""
+        self._cluster_dial_at = self.now + self._cluster_retry
+        self._cluster_retry = min(2 * self._cluster_retry, RESEND)
+
     def _keep_cluster_channel(self) -> None:
         """A member keeps a connection to its master until the master noted it has ACTIVE."""
         value = self.decided
@@ -166,7 +174,7 @@ class Membership(Voter):
                 self._tell_at = self.now + RESEND
                 self._send(peer.node_id, messages.Confirmed(value.epoch), Channel.CLUSTER)
         elif self.now >= self._cluster_dial_at:
-            self._cluster_dial_at = self.now + RESEND
+            self._cluster_dial_at = self.now + 2 * DIAL_TIME  # until an answer says better
             port = peer.hello.endpoint.port if peer and peer.hello else self.me.endpoint.port
             endpoint = Endpoint(value.founder.host, port)
             self._actions.append(events.Connect(endpoint, Channel.CLUSTER))

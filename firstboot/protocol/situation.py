@@ -164,10 +164,14 @@ class Situation:
 
     def _on_connect_failed(self, event: events.ConnectFailed) -> None:
         if event.channel is Channel.CLUSTER:
+            self._cluster_refused()
             return
         self.book.failed(event.endpoint, event.reason, self.now)
         if event.reason == "token":
             self._on_stranger(events.StrangerSeen("token", event.endpoint.host))
+
+    def _cluster_refused(self) -> None:
+        """The master does not answer on the cluster channel (yet)."""
 
     def _on_disconnected(self, event: events.Disconnected) -> None:
         peer = self.peers.get(event.node_id)

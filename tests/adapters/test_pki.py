@@ -365,7 +365,8 @@ def test_a_certificate_says_exactly_this(
 ) -> None:
     certificate, authority = read(issue(profile).der), read(AUTHORITY.certificate)
     assert certificate.version is x509.Version.v3
-    assert certificate.subject.rfc4514_string() == "CN=node-1,O=firstboot:node"
+    common_name = "" if profile is Profile.CLIENT else "CN=node-1,"
+    assert certificate.subject.rfc4514_string() == f"{common_name}O=firstboot:node"
     assert certificate.issuer == authority.subject
     assert isinstance(certificate.signature_hash_algorithm, hashes.SHA256)
     assert spki(certificate) == spki_of(KEY)
