@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import ssl
+import threading
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -11,53 +12,90 @@ from urllib.parse import urlsplit
 from firstboot.protocol.errors import LocalError
 from firstboot.protocol.plan import Probe
 
-TRY_SECONDS = 5.0
+TRY_SECONDS = 5.0  # for each of: connecting, the handshake, every part of the answer
 FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between tries, doubling
-MAX_BODY = 200  # of an error page, for the reason
+MAX_BODY = 200  # characters of an error page, for the reason
+# Reasons of OpenSSL that a person would not understand, or would take for something else.
+_TLS_WORDS = {
+    "WRONG_VERSION_NUMBER": "what listens there does not speak TLS",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it wants a client certificate",
+    "TLSV1_ALERT_UNKNOWN_CA": "it does not accept this host's certificate",
+    "SSLV3_ALERT_BAD_CERTIFICATE": "it does not accept this host's certificate",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "it takes this host's certificate for expired",
+}
 
 
 class ProbeFailed(LocalError):
     """The gate did not open; the message is the last reason."""
 
 
-def probe(step: Probe, root: Path) -> None:
-    """Ask once; ProbeFailed unless the answer is 200. Follows no redirect."""
-    parts = urlsplit(step.url)
-    where, port = parts.hostname or "", parts.port
-    connection = (
-        http.client.HTTPSConnection(where, port, timeout=TRY_SECONDS, context=_tls(step, root))
-        if parts.scheme == "https"
-        else http.client.HTTPConnection(where, port, timeout=TRY_SECONDS)
-    )
+def probe(step: Probe, root: Path, seconds: float = TRY_SECONDS) -> None:
+    """Ask once; ProbeFailed unless the answer is 200. Follows no redirect, knows no proxy.
+
+    `seconds` is the limit for each wait on the network. The paths in `step` are under `root`.
+    """
+    connection, target = _connection(step, root, seconds)
     try:
-        connection.request("GET", parts.path or "/", headers={"Connection": "close"})
-        response = connection.getresponse()
-        body = response.read(MAX_BODY).decode(errors="replace").strip()
+        connection.request("GET", target, headers={"Connection": "close"})
+        with connection.getresponse() as response:
+            body = _printable(response.read(4 * MAX_BODY).decode(errors="replace"))
+    except ssl.SSLCertVerificationError as error:
+        reason = f"its certificate is not accepted: {error.verify_message}"
+        raise ProbeFailed(reason) from None
     except ssl.SSLError as error:
-        raise ProbeFailed(f"the certificate was not accepted: {error.reason}") from None
+        reason = error.reason or str(error)
+        raise ProbeFailed(_TLS_WORDS.get(reason, f"TLS failed: {reason}")) from None
     except ConnectionRefusedError:
         raise ProbeFailed("connection refused: nothing listens there yet") from None
     except TimeoutError:
-        raise ProbeFailed(f"no answer within {TRY_SECONDS:.0f} s") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise ProbeFailed(str(error) or type(error).__name__) from None
+        raise ProbeFailed(f"no answer within {seconds:.1f} s") from None
+    except http.client.RemoteDisconnected:
+        raise ProbeFailed("it closed the connection without an answer") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ProbeFailed(f"no sound answer: {error or type(error).__name__}") from None
     finally:
         connection.close()
     if response.status != http.client.OK:
         raise ProbeFailed(f"HTTP {response.status}: {body}" if body else f"HTTP {response.status}")
 
 
-def wait(step: Probe, root: Path) -> None:
-    """Ask until the answer is 200; ProbeFailed with the last reason after `step.deadline` s."""
+def wait(step: Probe, root: Path, cancelled: threading.Event | None = None) -> None:
+    """Ask until the answer is 200; ProbeFailed with the last reason after `step.deadline` s.
+
+    Blocks; setting `cancelled` ends it with ProbeFailed at the next pause.
+    """
+    cancelled = cancelled or threading.Event()
     end, pause = time.monotonic() + step.deadline, FIRST_PAUSE
     while True:
+        left = end - time.monotonic()
         try:
-            return probe(step, root)
+            return probe(step, root, min(TRY_SECONDS, max(left, 0.1)))
         except ProbeFailed as error:
-            if time.monotonic() + pause >= end:
+            left = end - time.monotonic()
+            if left <= 0:
                 raise ProbeFailed(f"not healthy after {step.deadline:.0f} s: {error}") from None
-        time.sleep(pause)
+        # The last pause ends at the deadline, so there is a try at that moment too.
+        if cancelled.wait(min(pause, left)):
+            raise ProbeFailed("waiting for it to be healthy was cancelled")
         pause = min(2 * pause, LAST_PAUSE)
+
+
+def _connection(step: Probe, root: Path, seconds: float) -> tuple[http.client.HTTPConnection, str]:
+    """A connection that is not open yet, and what to ask for (RFC 9112, section 3.2.1)."""
+    try:
+        parts = urlsplit(step.url)
+        target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+        if parts.scheme == "https":
+            return http.client.HTTPSConnection(
+                parts.hostname or "", parts.port, timeout=seconds, context=_tls(step, root)
+            ), target
+        if parts.scheme == "http":
+            return http.client.HTTPConnection(
+                parts.hostname or "", parts.port, timeout=seconds
+            ), target
+    except (ValueError, http.client.InvalidURL) as error:
+        raise ProbeFailed(f"{step.url} is not a URL: {error}") from None
+    raise ProbeFailed(f"{step.url} is neither http nor https")
 
 
 def _tls(step: Probe, root: Path) -> ssl.SSLContext:
@@ -73,3 +111,9 @@ def _tls(step: Probe, root: Path) -> ssl.SSLContext:
     except (OSError, ssl.SSLError) as error:
         raise ProbeFailed(f"the probe's certificates cannot be read: {error}") from None
     return context
+
+
+def _printable(text: str) -> str:
+    """One line without control characters: it goes to the status and the console."""
+    clean = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(clean.split())[:MAX_BODY]

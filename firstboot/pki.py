@@ -475,6 +475,10 @@ def _why_not_ours(
         return "is for another key"
     if cluster_node_id(granted.der) != member.node_id:
         return "is for another host"
+    usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+    if set(usage) != set(_USAGES[granted.profile]) or constraints.ca:
+        return "is for another use"
     common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     expected = [] if granted.profile is Profile.CLIENT else [member.name]
     san = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -482,10 +486,6 @@ def _why_not_ours(
         member.name not in san.get_values_for_type(x509.DNSName)
     ):
         return "is for another name"
-    usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
-    if set(usage) != set(_USAGES[granted.profile]) or constraints.ca:
-        return "is for another use"
     return ""
 
 
