@@ -42,6 +42,8 @@ def probe(step: Probe, root: Path, seconds: float = TRY_SECONDS) -> None:
     except ssl.SSLCertVerificationError as error:
         reason = f"its certificate is not accepted: {error.verify_message}"
         raise ProbeFailed(reason) from None
+    except (ssl.SSLEOFError, http.client.RemoteDisconnected):
+        raise ProbeFailed("it closed the connection without an answer") from None
     except ssl.SSLError as error:
         reason = error.reason or str(error)
         raise ProbeFailed(_TLS_WORDS.get(reason, f"TLS failed: {reason}")) from None
@@ -49,8 +51,6 @@ def probe(step: Probe, root: Path, seconds: float = TRY_SECONDS) -> None:
         raise ProbeFailed("connection refused: nothing listens there yet") from None
     except TimeoutError:
         raise ProbeFailed(f"no answer within {seconds:.1f} s") from None
-    except http.client.RemoteDisconnected:
-        raise ProbeFailed("it closed the connection without an answer") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ProbeFailed(f"no sound answer: {error or type(error).__name__}") from None
     finally:
