@@ -57,6 +57,7 @@ class Service:
         self._history: IO[str] | None = None
         self._shown: dict[str, Any] = {}
         self._stage: Stage | None = None
+        self._enrolled = False
         self._timeline: list[dict[str, Any]] = []
         self._since = time.time()
         self._bug: BaseException | None = None
@@ -338,6 +339,9 @@ class Service:
         now = status.describe(self.core, self._wall_offset())
         if now["sentence"] != self._shown.get("sentence"):
             self._since = time.time()
+        if self.core.enrolled and not self._enrolled:
+            self._enrolled = True
+            self._mark("certificates")
         if self.core.stage is not self._stage:
             self._stage = self.core.stage
             self._mark(self._stage.value)

@@ -90,6 +90,8 @@ def page(shown: dict[str, Any]) -> str:
     for name, state in shown.get("unit_states", {}).items():
         lines.append(f"  unit       {name}: {state}")
     for problem in shown["problems"]:
+        if problem["text"] == shown["sentence"]:
+            continue
         lines.append(f"  problem    {problem['code']}: {problem['text']}")
         lines += [f"             {line}" for line in problem["hint"].splitlines()]
     return "\n".join(lines)

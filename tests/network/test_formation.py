@@ -144,6 +144,20 @@ def test_a_copied_disk_stops_both(tmp_path: Path) -> None:
             assert hosts[number].status["problems"][0]["code"] == "DUPLICATE_IDENTITY"
 
 
+def test_a_late_address_is_waited_for_and_used(tmp_path: Path) -> None:
+    with Hosts(2, tmp_path) as hosts:
+        hosts.network.run(2, "ip", "address", "flush", "dev", "eth0")
+        hosts.start()
+        wait_until(
+            lambda: hosts[2].status.get("sentence") == "Waiting for a network address.",
+            30,
+            "host 2 says what it waits for",
+        )
+        hosts.network.run(2, "ip", "address", "add", "10.77.0.12/24", "dev", "eth0")
+        hosts.wait_running()
+        assert len(hosts.clusters()) == 1
+
+
 def test_strangers_disturb_nobody(tmp_path: Path) -> None:
     with Hosts(3, tmp_path) as hosts:
         hosts.start(1, 2)
