@@ -310,7 +310,7 @@ def units_of(machine: Machine, look: Look) -> dict[str, str]:
     """The units firstboot started, and its target, with their states."""
     names = [*(look.shown or {}).get("units", ()), TARGET]
     states = machine.exec("systemctl", "is-active", *names, check=False).stdout.split()
-    return dict(zip(names, states, strict=True))
+    return dict.fromkeys(names, "unknown") | dict(zip(names, states, strict=False))
 
 
 def container(look: Look) -> str:
@@ -354,7 +354,7 @@ def prove(rig: Rig, looks: Sequence[Look], masters: int, console: Console) -> No
     who = ", ".join(s["name"] for s in statuses if s["role"] == "master")
     cluster = statuses[0]["cluster_id"]
     print(timings.sentence())
-    print(f"One cluster, {cluster}; {masters} of {len(looks)} hosts master: {who}.", flush=True)
+    print(f"One cluster, {cluster}, of {len(looks)} hosts; master: {who}.", flush=True)
     print(exchange(rig, looks), flush=True)
 
 
