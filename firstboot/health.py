@@ -42,7 +42,7 @@ def probe(step: Probe, root: Path, seconds: float = TRY_SECONDS) -> None:
     except ssl.SSLCertVerificationError as error:
         reason = f"its certificate is not accepted: {error.verify_message}"
         raise ProbeFailed(reason) from None
-    except (ssl.SSLEOFError, http.client.RemoteDisconnected):
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError, http.client.RemoteDisconnected):
         raise ProbeFailed("it closed the connection without an answer") from None
     except ssl.SSLError as error:
         reason = error.reason or str(error)
