@@ -342,6 +342,7 @@ def _raise_inotify(run: Run) -> None:
 
     Past that, machines fail in odd places with "Too many open files".
     """
+    (run.directory / "inotify").touch()
     before = INOTIFY.read_text()
     if int(before) < 1024:
         _INOTIFY_BEFORE.write_text(before)
@@ -350,8 +351,9 @@ def _raise_inotify(run: Run) -> None:
 
 
 def _restore_inotify(prefix: str = "") -> None:
-    """Put the limit back, unless another run still counts on it."""
-    if _INOTIFY_BEFORE.exists() and not set(live_runs()) - {prefix}:
+    """Put the limit back, unless another run's machines still count on it."""
+    others = [RUNS / name / "inotify" for name in live_runs() if name != prefix]
+    if _INOTIFY_BEFORE.exists() and not any(mark.exists() for mark in others):
         INOTIFY.write_text(_INOTIFY_BEFORE.read_text())
         _INOTIFY_BEFORE.unlink()
 
