@@ -89,7 +89,7 @@ WAITING = COMMON | {
     "name": "host-2",
     "role": None,
     "sentence": "2 of 3 hosts are present; waiting for 1 more"
-    " (seen before, now away: host-3[285650ca] at 10.77.0.13);"
+    " (seen before, now away: host-3[bfce861e] at 10.77.0.13);"
     " a majority forms the cluster in 118 s if it is still together.",
     "stage": "discovering",
     "state": "waiting",
@@ -98,7 +98,7 @@ PROBLEM: dict[str, Any] = {
     "blocking": True,
     "code": "STEP_FAILED",
     "hint": "The disk is full.",
-    "text": "Could not write /etc/etcd/ca.crt [5f] (attempt 5; it is tried again).",
+    "text": "Could not write /etc/etcd/ca.crt [f5] (attempt 5; it is tried again).",
 }
 DEGRADED = NODE | {
     "problems": [PROBLEM],
@@ -150,8 +150,8 @@ def test_one_row_for_each_host_and_one_view_for_all() -> None:
 
 def test_brackets_in_texts_are_shown() -> None:
     shown = "\n".join(text(demo.view([look(WAITING), look(DEGRADED)])))
-    assert "host-3[285650ca]" in shown
-    assert "ca.crt [5f]" in shown
+    assert "host-3[bfce861e]" in shown
+    assert "ca.crt [f5]" in shown
 
 
 def test_a_narrow_terminal_still_shows_everything() -> None:
@@ -293,7 +293,7 @@ def no_cluster(found: Statuses) -> None:
 
 
 def two_founders(found: Statuses) -> None:
-    found[2] |= {"master": FOUNDER | {"node_id": found[2]["node_id"]}}
+    found[2] |= {"master": FOUNDER | {"node_id": found[2]["node_id"]}, "role": "master"}
 
 
 def a_founder_that_is_node(found: Statuses) -> None:
