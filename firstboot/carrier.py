@@ -7,6 +7,7 @@ outcome. An adapter's failure is an event too, never an exception.
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class Carrier:
     ) -> None:
         self.root, self.directory, self.transport, self.core = root, directory, transport, core
         self._systemd: units.Systemd | None = None
+        self._cancelled = threading.Event()
+        self._replaced: set[str] = set()  # units whose container changed under them
         self.expiries: list[dict[str, Any]] = []
 
     # ------------------------------------------------------------ disk and keys
@@ -192,15 +195,24 @@ class Carrier:
                 self._write(step.path[1:], self._content(step), step.mode)
             case plan.InstallContainer():
                 done = containers.install(self.root, step.name, step.image, dict(step.values))
-                if done.needs_reload:
-                    self.systemd.reload()
+                if done.replaced:
+                    self._replaced.add(done.container.unit)
+                self.systemd.reload()  # always: a crash may have come between install and this
             case plan.StartUnit():
                 self.systemd.enable(step.unit)
-                self.systemd.start(step.unit, deadline=120.0)
+                restart = step.unit in self._replaced
+                self.systemd.start(step.unit, deadline=120.0, restart=restart)
+                self._replaced.discard(step.unit)
             case plan.Probe():
-                health.wait(step, self.root)
+                health.wait(step, self.root, self._cancelled)
             case plan.ReachTarget():
                 self._reach_target(step.units)
+
+    def cancel(self) -> None:
+        """End whatever step is under way: the process was told to stop."""
+        self._cancelled.set()
+        if self._systemd is not None:
+            self._systemd.cancel()
 
     def _write(self, path: str, content: bytes, mode: int) -> None:
         where = self.root / path

@@ -61,6 +61,7 @@ class Service:
         self._timeline: list[dict[str, Any]] = []
         self._since = time.time()
         self._bug: BaseException | None = None
+        self._started = False
         self._leaving = False
         self._stopped = False
         self.core: Assembly
@@ -119,6 +120,7 @@ class Service:
         self.carrier = Carrier(self.root, self.directory, self.transport, self.core)
         self._mark("network")
         await self.transport.start("", endpoint.port)
+        self._started = True
         self.carrier.open_cluster_channel()
         if not known.closed:
             await self._open_formation(me, key)
@@ -196,6 +198,8 @@ class Service:
         for provider in self.providers:
             await provider.stop()
         await self.transport.close()
+        if self._started:
+            self.carrier.cancel()  # else Python would wait for a unit's deadline at exit
         self._disk.shutdown(wait=True)
         self._work.shutdown(wait=not self._stopped, cancel_futures=True)
         if self._history is not None:

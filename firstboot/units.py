@@ -143,9 +143,10 @@ class Systemd:
                 since_wall=int(seen["StateChangeTimestamp"]) / 1e6,
             )
 
-    def start(self, unit: str, deadline: float) -> None:
+    def start(self, unit: str, deadline: float, *, restart: bool = False) -> None:
         """Start a unit and return once it is active, or has done its work if it is a oneshot.
 
+        With `restart` a unit that is active already is stopped first.
         Raises UnitFailed if it fails, if systemd has restarted it in vain `_PATIENCE` times, or
         if that takes longer than `deadline` seconds; the unit is then left to systemd as it is.
         """
@@ -162,7 +163,7 @@ class Systemd:
                 if before["ActiveState"] == "failed":
                     # Else a start after many failures is refused until the limit's interval ends.
                     bus.manager("ResetFailedUnit", "s", unit)
-                bus.manager("StartUnit", "ss", unit, "replace")
+                bus.manager("RestartUnit" if restart else "StartUnit", "ss", unit, "replace")
             except _BusError as error:
                 raise self._refused(unit, error) from None
             following = _Following(unit, path, before)

@@ -32,9 +32,8 @@ PROTOCOL = (
     "status",
     "history",
 )
-PURE = frozenset(
-    "__future__ base64 collections dataclasses enum ipaddress json re string types typing".split()
-)
+PURE = {"__future__", "base64", "collections", "dataclasses", "enum", "ipaddress", "json"}
+PURE |= {"re", "string", "types", "typing"}
 ADAPTERS = ("containers", "discovery", "health", "host", "pki", "transport", "units", "userdata")
 # Floor 2 and 3, each with what it may import beside the floors below.
 UPPER = {

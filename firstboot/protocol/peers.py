@@ -59,7 +59,7 @@ class AddressBook:
         """Note an address; naming it again makes a waiting retry due at once."""
         contact = self.contacts.get(endpoint)
         if contact is None:
-            if len(self.contacts) >= self.limit:
+            if len(self.contacts) >= self.limit and not self._made_room():
                 self.dropped += 1
                 return
             self.contacts[endpoint] = Contact(endpoint, {via}, dial_at=now)
@@ -70,6 +70,15 @@ class AddressBook:
             contact.dial_at = min(contact.dial_at, now)
             contact.retry = FIRST_RETRY
         contact.via.add(via)
+
+    def _made_room(self) -> bool:
+        """Forget the oldest address where nobody of ours ever answered: anyone can name those."""
+        for contact in self.contacts.values():
+            if contact.error and not contact.node_id and not contact.dialling:
+                self.dropped += 1
+                del self.contacts[contact.endpoint]
+                return True
+        return False
 
     def connected(self, endpoint: Endpoint, node_id: str) -> None:
         """A dial succeeded."""

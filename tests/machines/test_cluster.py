@@ -325,6 +325,7 @@ def test_a_broken_image_is_told_and_retried_until_it_is_there(launch: Launch) ->
 SQUATTER = """
 bootcmd:
 - - systemd-run
+  - --no-block
   - --unit=squatter
   - python3
   - -c

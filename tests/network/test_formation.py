@@ -122,8 +122,9 @@ def test_another_expect_is_told_on_both(tmp_path: Path) -> None:
     two, three = document(2, token, **NONE), document(3, token, **NONE)
     with Hosts(2, tmp_path, two, overrides={2: three}) as hosts:
         hosts.start()
-        for host in hosts.all:
-            wait_until(lambda h=host: "CONFIG_MISMATCH" in str(h.status), 30, "both tell")
+        wait_until(
+            lambda: all("CONFIG_MISMATCH" in str(h.status) for h in hosts.all), 30, "both tell"
+        )
         assert hosts.clusters() == {None}
 
 
@@ -137,11 +138,10 @@ def test_a_copied_disk_stops_both(tmp_path: Path) -> None:
         subprocess.run(["cp", "-a", hosts[1].root / "var/lib/firstboot", copied], check=True)
         (hosts[2].root / "etc/machine-id").write_text(f"{1:032x}\n")  # looks the same
         hosts.start(1, 2)
-        for number in (1, 2):
-            wait_until(
-                lambda n=number: hosts[n].state == "failed", 30, "a duplicate identity is seen"
-            )
-            assert hosts[number].status["problems"][0]["code"] == "DUPLICATE_IDENTITY"
+        both = hosts.all[:2]
+        wait_until(lambda: all(h.state == "failed" for h in both), 30, "both copies stand still")
+        for host in both:
+            assert host.status["problems"][0]["code"] == "DUPLICATE_IDENTITY"
 
 
 def test_a_late_address_is_waited_for_and_used(tmp_path: Path) -> None:
