@@ -354,7 +354,7 @@ def prove(rig: Rig, looks: Sequence[Look], masters: int, console: Console) -> No
     who = ", ".join(s["name"] for s in statuses if s["role"] == "master")
     cluster = statuses[0]["cluster_id"]
     print(timings.sentence())
-    print(f"One cluster, {cluster}, of {len(looks)} hosts; master: {who}.", flush=True)
+    print(f"One cluster, {cluster}; hosts: {len(looks)}; master: {who}.", flush=True)
     print(exchange(rig, looks), flush=True)
 
 
@@ -454,7 +454,8 @@ def background(options: argparse.Namespace) -> int:
     here = os.getpid()
     child = os.fork()
     if child == 0:
-        os.close(reading)
+        os.closerange(3, writing)  # with what make and shells left open: a reader may wait for it
+        os.closerange(writing + 1, 1024)
         os.setsid()  # signals reach it through its parent only, so each one once
         follow_parent(signal.SIGTERM)
         if os.getppid() != here:
