@@ -3,7 +3,7 @@
 # make test       setup, the machine image, and every test there is
 # make machines   only the tests on real machines
 # make sim        the simulator at length: SEEDS=500 JOBS=2
-# make demo       watch HOSTS=3 machines become a cluster; KEEP=1 leaves them running until ^C
+# make demo       watch HOSTS=3 machines become a cluster; KEEP=1 leaves them running
 # make image      the image the machines boot from, under build/image
 # make install    DESTDIR= PREFIX=/usr; needs no pip
 # make lock       pin the newest Python packages that pyproject.toml allows; needs uv on PATH
@@ -20,6 +20,7 @@ DESTDIR ?=
 PYTHON ?= python3
 PYTEST_ARGS ?=
 HOSTS ?= 3
+MASTERS ?= 1
 KEEP ?=
 SEEDS ?= 500
 JOBS ?= $(shell nproc)
@@ -100,7 +101,7 @@ sim: setup
 	$(VENV)/python -m tests.sim --seeds $(SEEDS) --jobs $(JOBS)
 
 demo: image
-	@$(SUDO) $(VENV)/python -m tests.machines.demo --hosts $(HOSTS) $(if $(KEEP),--keep)
+	@$(SUDO) $(VENV)/python -m tests.machines.demo --hosts $(HOSTS) --masters $(MASTERS) $(if $(KEEP),--keep)
 
 # ---- the product ----
 
@@ -132,6 +133,7 @@ install:
 	@install -Dm644 LICENSE -t "$(DESTDIR)$(PREFIX)/share/licenses/firstboot"
 
 clean:
+	-[ ! -x $(VENV)/python ] || $(SUDO) $(VENV)/python -m tests.machines.demo stop
 	-[ ! -x $(VENV)/python ] || $(SUDO) $(VENV)/python -m tests.machines.rig cleanup
 	$(SUDO) rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec $(SUDO) rm -rf {} +

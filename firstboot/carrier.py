@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from firstboot.transport import Transport
 HOST_KEY = "host.key"
 CERTIFICATES = "certificates.json"
 MAX_DETAIL = 1000  # characters of a failed step's last log lines
+RELEASED = 1_795_000_000.0  # November 2026
 TARGET = "firstboot.target"
 DROP_IN = f"etc/systemd/system/{TARGET}.d/10-role.conf"
 
@@ -73,7 +75,7 @@ class Carrier:
         try:
             saved = self.directory.get(f"{name}.json")
             if saved is None:
-                made = pki.make_authority(self.core.config.cluster, epoch)
+                made = pki.make_authority(self.core.config.cluster, epoch, now=_sane_now())
                 # One file, so that a power cut cannot leave a key without its certificate.
                 plain = {"key": made.key.decode(), "crt": pki.to_pem(made.certificate).decode()}
                 saved = json.dumps(plain).encode()
@@ -115,7 +117,9 @@ class Carrier:
             answer = self.directory.answer(epoch, member.node_id)
             if answer is None or answer[0].key != action.key:
                 certificates = tuple(
-                    Certificate(p, pki.sign(authority, action.csr, member, p, "firstboot"))
+                    Certificate(
+                        p, pki.sign(authority, action.csr, member, p, "firstboot", now=_sane_now())
+                    )
                     for p in action.profiles
                 )
                 answer = (Issued(member, epoch, action.key), certificates)
@@ -244,6 +248,14 @@ class Carrier:
         self.systemd.reload()
         self.systemd.enable(TARGET)
         self.systemd.start(TARGET, deadline=60.0)
+
+
+def _sane_now() -> float:
+    """Unix time, or this release's if the clock was never set.
+
+    A certificate made in 1970 would have expired by the time the clock is set.
+    """
+    return max(time.time(), RELEASED)
 
 
 def _authority(saved: bytes) -> pki.Authority:

@@ -304,14 +304,6 @@ def credential(
     raise LocalError(f"this host holds no credential {name!r}")
 
 
-def cluster_credentials(
-    certificates: Iterable[Certificate], authority: bytes, key: bytes
-) -> Credentials:
-    """What this host shows on the cluster channel. It dials and listens, so it needs PEER."""
-    chain = credential("peer.crt", certificates, authority, key)
-    return Credentials(chain=chain, key=key, authority=to_pem(authority))
-
-
 # ---------------------------------------------------------------- parts
 
 

@@ -386,7 +386,7 @@ def vars_of(report: object) -> dict[str, Any]:
 
 def comparable(shown: dict[str, Any]) -> dict[str, Any]:
     """A status without what changes by itself."""
-    return {key: item for key, item in shown.items() if key != "since"}
+    return {key: item for key, item in shown.items() if key not in ("since", "grace_ends")}
 
 
 def run(root: Path) -> int:

@@ -202,9 +202,13 @@ class Systemd:
         """The unit's last lines, bounded in number, length and time; nothing if that fails."""
         if not self._journalctl:
             return ()
-        show = ("-u", unit, "-n", str(_LOG_LINES), "-o", "cat", "--no-pager", "-q")
+        show = ("-n", str(_LOG_LINES), "-o", "cat", "--no-pager", "-q")
         lines: list[str] = []
-        for arguments in (("--sync",), show):  # what a dying process said last may be on its way
+        # What a dying process said last may be on its way, hence the sync. Its own words tell
+        # more than systemd's about it, which come last and would push them out.
+        for arguments in (("--sync",), (f"_SYSTEMD_UNIT={unit}", *show), ("-u", unit, *show)):
+            if lines:
+                break
             try:
                 done = subprocess.run(
                     [*self._journalctl, *arguments],

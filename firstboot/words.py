@@ -104,6 +104,8 @@ def _facts(shown: dict[str, Any]) -> list[str]:
     if shown.get("node_id"):
         role = shown.get("role") or "no role yet"
         rows.append(("this host", f"{shown['name']}  {shown['address']}  {role}"))
+    if shown.get("grace_ends"):
+        rows.append(("grace", f"ends in {_duration(shown['grace_ends'] - time.time())}"))
     master = shown.get("master")
     if master:
         rows.append(("master", f"{master['name']}  {master['address']}"))

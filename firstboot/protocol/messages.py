@@ -8,7 +8,6 @@ and nothing else is ever raised, whatever the bytes are.
 from __future__ import annotations
 
 import base64
-import ipaddress
 import json
 import types
 import typing
@@ -25,6 +24,7 @@ from firstboot.protocol.model import (
     Profile,
     Stage,
     Value,
+    check_address,
     require,
 )
 
@@ -63,6 +63,8 @@ class Hello:
 
     def __post_init__(self) -> None:
         require(len(self.peers) <= MAX_PEERS, "too many peers in a Hello")
+        # Texts of peers reach terminals and journals: no escape sequences, no lone surrogates.
+        require((self.boot + self.agreed).isprintable(), "unprintable text")
         require(bool(LABEL.match(self.name)), "a host's name is a DNS label")
 
 
@@ -120,7 +122,7 @@ class Enrol:
     def __post_init__(self) -> None:
         require(bool(LABEL.match(self.name)), "a host's name is a DNS label")
         require(bool(FINGERPRINT.match(self.key)), "a key is named by its SHA-256")
-        ipaddress.ip_address(self.host)
+        check_address(self.host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,9 @@ class Denied:
 
     epoch: int
     reason: str
+
+    def __post_init__(self) -> None:
+        require(self.reason.isprintable(), "unprintable text")
 
 
 @dataclass(frozen=True, slots=True)

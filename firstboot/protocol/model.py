@@ -17,10 +17,20 @@ MASTER_COUNTS = (1, 3, 5)
 MAX_HOSTS = 10_000
 
 
+ZONE = re.compile(r"[0-9A-Za-z._-]{1,15}\Z")  # an interface's name, as in fe80::1%eth0
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ``ValueError(message)`` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def check_address(text: str) -> None:
+    """Raise ``ValueError`` unless `text` is an IP address, a link-local one perhaps with a zone."""
+    host, percent, zone = text.partition("%")
+    ip = ipaddress.ip_address(host)
+    require(not percent or (ip.version == 6 and bool(ZONE.match(zone))), "not an IP address")
 
 
 class Role(StrEnum):
@@ -65,7 +75,7 @@ class Endpoint:
     port: int
 
     def __post_init__(self) -> None:
-        ipaddress.ip_address(self.host.partition("%")[0])
+        check_address(self.host)
         require(0 < self.port < 65536, f"port {self.port} is not between 1 and 65535")
 
     def __str__(self) -> str:
@@ -128,7 +138,7 @@ class Member:
     def __post_init__(self) -> None:
         require(bool(NODE_ID.match(self.node_id)), "a member needs a node id")
         require(bool(LABEL.match(self.name)), f"member name {self.name!r} is not a DNS label")
-        ipaddress.ip_address(self.host)
+        check_address(self.host)
 
 
 @dataclass(frozen=True, slots=True)

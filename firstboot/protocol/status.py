@@ -54,6 +54,7 @@ def describe(core: Assembly, wall_offset: float) -> dict[str, Any]:
         "expect": core.config.expect,
         "quorum": core.quorum,
         "present": core.present_voters(),
+        "grace_ends": _grace_ends(core, wall_offset),
         "members": len(core.roster.issued) if core.founder else (value.members if value else 0),
         "peers": [_peer(core, p, wall_offset) for p in list(core.peers.values())[:MAX_LISTED]],
         "peers_total": len(core.peers),
@@ -75,6 +76,13 @@ def _state(core: Assembly, found: list[Problem]) -> str:
     return "running" if core.stage is Stage.RUNNING else "waiting"
 
 
+def _grace_ends(core: Assembly, wall_offset: float) -> float | None:
+    """When the present majority goes ahead without the missing hosts, Unix seconds."""
+    since = core.majority_since
+    waiting = core.stage is Stage.DISCOVERING and core.in_grace and not core.config.strict
+    return since + core.config.grace + wall_offset if waiting and since is not None else None
+
+
 def _member(member: Member) -> dict[str, str]:
     return {"name": member.name, "node_id": member.node_id, "address": member.host}
 
@@ -87,11 +95,20 @@ def _peer(core: Assembly, peer: Peer, wall_offset: float) -> dict[str, Any]:
         "name": hello.name if hello else "",
         "node_id": peer.node_id,
         "address": endpoint.host if endpoint else "",
-        "state": "present" if peer.present(core.now) else "mismatch" if peer.mismatch else "away",
+        "state": _peer_state(core, peer),
         "stage": hello.stage.value if hello else "",
         "since": peer.since + wall_offset,
         "via": sorted(via) or ["dialled us"],
     }
+
+
+def _peer_state(core: Assembly, peer: Peer) -> str:
+    if peer.present(core.now):
+        return "present"
+    if peer.mismatch:
+        return "mismatch"
+    # Once they run their role, hosts end their process and hang up: nothing is wrong then.
+    return "left" if core.stage is Stage.RUNNING else "away"
 
 
 def label(peer: Peer) -> str:
@@ -106,7 +123,7 @@ def _steps(core: Assembly) -> list[dict[str, str]]:
     for index, step in enumerate(core.plan or ()):
         state = "done" if index < core.steps_done else "waiting"
         if index == core.steps_done:
-            state = "failed" if core.step_error else "running"
+            state = f"failed {core.step_failures} times" if core.step_error else "running"
         rows.append({"what": say(step), "state": state})
     return rows
 
@@ -166,8 +183,8 @@ def _discovering(core: Assembly) -> tuple[str, str]:
         text += f" (seen before, now away: {', '.join(away[:3])})"
     since = core.majority_since
     if since is not None and core.in_grace and not core.config.strict:
-        left = max(0, round(since + core.config.grace - core.now))
-        text += f"; a majority forms the cluster in {left} s if it is still together"
+        grace = f"{core.config.grace:.0f} s after a majority was first together"
+        text += f"; {grace}, it forms the cluster without them"
     hint = (
         f"Boot the missing hosts with this same document; between hosts UDP 5353 (mDNS) and"
         f" TCP {core.me.endpoint.port} must be open."
@@ -255,7 +272,7 @@ def _local(core: Assembly) -> list[Problem]:
         found.append(Problem("DENIED", f"Enrolment was refused: {core.denied}."))
     if core.step_error is not None:
         error = core.step_error
-        text = f"{error.reason} (attempt {core.step_failures}; it is tried again)."
+        text = f"{error.reason} (it is tried again)."
         found.append(Problem("STEP_FAILED", text, error.detail))
     return found
 

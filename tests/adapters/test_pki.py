@@ -589,19 +589,6 @@ def test_a_credential_this_host_does_not_hold_is_a_local_error(name: str) -> Non
         pki.credential(name, [issue(Profile.CLIENT)], AUTHORITY.certificate, KEY)
 
 
-def test_the_cluster_channel_needs_a_peer_certificate() -> None:
-    credentials = pki.cluster_credentials(GRANTED, AUTHORITY.certificate, KEY)
-    assert credentials.key == KEY
-    assert credentials.authority == pki.to_pem(AUTHORITY.certificate)
-    usage = x509.load_pem_x509_certificate(credentials.chain).extensions
-    assert list(usage.get_extension_for_class(x509.ExtendedKeyUsage).value) == [
-        SERVER_AUTH,
-        CLIENT_AUTH,
-    ]
-    with pytest.raises(LocalError, match=r"peer\.crt"):
-        pki.cluster_credentials(GRANTED[:2], AUTHORITY.certificate, KEY)
-
-
 # ---------------------------------------------------------------- openssl agrees
 
 

@@ -490,7 +490,7 @@ async def test_an_address_is_never_looked_up(monkeypatch: pytest.MonkeyPatch) ->
 
     async with hosts(1) as (a,):
         monkeypatch.setattr(socket, "getaddrinfo", record)
-        a.dial(Endpoint("127.0.0.1%example.org", 1))
+        a.dial(Endpoint("fe80::1%example.org", 1))
         assert (await a.next(events.ConnectFailed)).reason == "unreachable"
     assert asked
     assert all(flags & socket.AI_NUMERICHOST for flags in asked)

@@ -292,7 +292,7 @@ def test_the_last_lines_of_the_journal(manager: Manager, tmp_path: Path) -> None
     assert failed.log[9] == "x" * 300
     assert failed.detail.startswith("line 13\nline 14\n")
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls == ["--sync", "-u broken.service -n 10 -o cat --no-pager -q"]
+    assert calls == ["--sync", "_SYSTEMD_UNIT=broken.service -n 10 -o cat --no-pager -q"]
     systemd.close()
 
 

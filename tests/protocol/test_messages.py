@@ -367,3 +367,16 @@ def test_a_refusal_repeats_nothing_of_what_was_sent() -> None:
     with pytest.raises(RemoteError) as caught:
         decode(changed("hello", ("endpoint", "host"), "EVIL\x1b[2J"))
     assert "EVIL" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["\x1b[31mred", "two\nlines", "\udc80", "\x00"])
+def test_text_that_would_disturb_a_terminal_is_refused(text: str) -> None:
+    with pytest.raises(RemoteError):
+        decode(json.dumps({"t": "denied", "epoch": 1, "reason": text}).encode())
+
+
+@pytest.mark.parametrize("host", ["10.0.0.1%eth0", "fe80::1%\x1b[31m", "fe80::1%", "example.org"])
+def test_an_address_is_an_address_and_nothing_more(host: str) -> None:
+    enrol = {"t": "enrol", "epoch": 1, "csr": "", "key": "0" * 64, "name": "a", "host": host}
+    with pytest.raises(RemoteError):
+        decode(json.dumps(enrol).encode())
