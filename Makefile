@@ -89,7 +89,7 @@ check: setup
 	$(VENV)/pytest -q $(wildcard tests/test_floors.py tests/test_overlay.py)
 
 image: setup
-	@$(SUDO) tests/machines/image
+	@$(SUDO) tests/machines/image >/dev/null
 
 test: image
 	$(SUDO) $(VENV)/python -m pytest $(PYTEST_ARGS)

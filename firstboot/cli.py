@@ -14,7 +14,7 @@ from firstboot.protocol.errors import FirstbootError, UserError
 
 OK, FAILED, WAITING, USAGE, CONFIGURATION = 0, 1, 2, 64, 78
 EXIT_CODES = """exit codes:
-  0   done: the host runs its role, the file is valid
+  0   done: the host runs its role, or is not configured; the file is valid
   1   failed
   2   degraded, or still waiting
   64  wrong usage

@@ -22,6 +22,7 @@ def current(root: Path) -> dict[str, Any]:
         broken = [n for n, s in shown["unit_states"].items() if s != "active"]
         if shown["state"] == "running" and broken:
             shown["state"] = "degraded"
+            shown["sentence"] = f"{shown['sentence'].rstrip('.')}, but not all of it is up."
             for name in broken:
                 text = f"{name} is {shown['unit_states'][name]}."
                 hint = f"Look at: journalctl -u {name}"
@@ -67,7 +68,7 @@ def exit_code(shown: dict[str, Any]) -> int:
 
 def may_change(shown: dict[str, Any]) -> bool:
     """Whether waiting longer makes sense: a finished host's units are systemd's matter."""
-    return shown["stage"] not in ENDED
+    return shown["stage"] not in (*ENDED, "running")
 
 
 def page(shown: dict[str, Any]) -> str:

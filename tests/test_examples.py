@@ -54,7 +54,7 @@ def page(text: str) -> str:
 def test_page_is_up_to_date() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert BEGIN in text
-    assert text == page(text), "run: python tests/test_examples.py"
+    assert text == page(text), "run: python -m tests.test_examples"
 
 
 def test_there_are_examples() -> None:

@@ -110,7 +110,18 @@ ETCD = Payload(
         ),
     ),
 )
-NONE = Payload(name="none", master=RolePlan((), ()), node=RolePlan((), ()))
+# No role to run: the host's certificates are laid where a unit of the operator's own finds them.
+PKI_DIRECTORY = "/etc/firstboot/pki"
+_CREDENTIALS = RolePlan(
+    profiles=(Profile.SERVER, Profile.CLIENT),
+    steps=(
+        WriteFile(f"{PKI_DIRECTORY}/ca.crt", credential="ca.crt"),
+        WriteFile(f"{PKI_DIRECTORY}/server.crt", credential="server.crt"),
+        WriteFile(f"{PKI_DIRECTORY}/client.crt", credential="client.crt"),
+        WriteFile(f"{PKI_DIRECTORY}/host.key", credential="host.key", mode=0o600),
+    ),
+)
+NONE = Payload(name="none", master=_CREDENTIALS, node=_CREDENTIALS)
 
 PAYLOADS: Mapping[str, Payload] = MappingProxyType({p.name: p for p in (NONE, ETCD)})
 

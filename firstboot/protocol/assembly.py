@@ -184,7 +184,7 @@ class Assembly(Membership):
             return
         if self.founder and self.now >= self._tell_at:
             self._tell_unconfirmed()
-        if self.founder and not self.closed and self.admission_over:
+        if not self.closed and (self.admission_over or not self.founder):
             self.closed = True
             self._store(lambda: self._actions.append(events.Close()), closed=True)
         if not self.running:

@@ -11,7 +11,6 @@ from firstboot.protocol.model import (
     Endpoint,
     Issued,
     Member,
-    Profile,
     Self,
     Stored,
 )
@@ -100,9 +99,8 @@ class Membership(Voter):
         )
         if isinstance(answer, Member):
             rows = self.payload.for_role(value.role_of(sender))
-            profiles = rows.profiles or (Profile.SERVER, Profile.CLIENT)
             self._actions.append(
-                events.Sign(answer, value.epoch, message.csr, message.key, profiles)
+                events.Sign(answer, value.epoch, message.csr, message.key, rows.profiles)
             )
         else:
             self._send(sender, messages.Denied(value.epoch, answer))

@@ -187,7 +187,8 @@ def _discovering(core: Assembly) -> tuple[str, str]:
         text += f"; {grace}, it forms the cluster without them"
     hint = (
         f"Boot the missing hosts with this same document; between hosts UDP 5353 (mDNS) and"
-        f" TCP {core.me.endpoint.port} must be open."
+        f" TCP {core.me.endpoint.port} must be open. A cluster that closed its admission"
+        " answers no more."
     )
     return text + ".", hint
 
@@ -248,18 +249,19 @@ def _fatal(core: Assembly) -> list[Problem]:
             f"Two active clusters exist in this formation: {core.decided.cluster_id} (this"
             f" host's) and {core.conflict.cluster_id} of {core.conflict.founder.host}."
         )
-        hint = "Nothing was merged or deleted; reset the hosts of the one you do not want."
+        hint = "Nothing was merged or deleted; start the hosts of one of them over (README)."
         found.append(Problem("CONFLICT", text, hint))
     if core.overlaunched:
         text = (
             f"{len(core.voters)} hosts hold this document but expect is {core.config.expect}:"
             " too many to be sure of one cluster, so none is formed."
         )
-        hint = "Stop the surplus hosts, or launch all with the right expect."
+        hint = "Launch all hosts anew, with the right expect."
         found.append(Problem("OVERLAUNCHED", text, hint))
     if not core.me.voter:
         text = "This host lost its state, so it votes no more and only joins."
-        found.append(Problem("LOST_STATE", text, blocking=False))
+        hint = "Nothing to do while the others are a majority."
+        found.append(Problem("LOST_STATE", text, hint, blocking=False))
     return found
 
 
@@ -269,7 +271,8 @@ def _local(core: Assembly) -> list[Problem]:
         text = f"State cannot be written, so this host answers nobody: {core.disk_error}."
         found.append(Problem("DISK", text, "Free space under /var/lib/firstboot."))
     if core.denied:
-        found.append(Problem("DENIED", f"Enrolment was refused: {core.denied}."))
+        hint = "The master is asked again until it agrees."
+        found.append(Problem("DENIED", f"Enrolment was refused: {core.denied}.", hint))
     if core.step_error is not None:
         error = core.step_error
         text = f"{error.reason} (it is tried again)."
@@ -298,7 +301,10 @@ def _about_peers(core: Assembly) -> list[Problem]:
     if core.founder and value.active and len(core.roster.issued) < core.config.expect:
         missing = core.config.expect - len(core.roster.issued)
         text = f"The cluster is active without {missing} of {core.config.expect} expected hosts."
-        found.append(Problem("INCOMPLETE", text, "They can still join while admission is open."))
+        hint = "They can still join: boot them with this document."
+        if core.admission_over:
+            hint = "Admission has ended, so they cannot join any more."
+        found.append(Problem("INCOMPLETE", text, hint, blocking=not core.admission_over))
     return found
 
 

@@ -52,7 +52,7 @@ def test_files_are_private_and_the_token_stays_where_it_was(tmp_path: Path) -> N
             assert with_token == ["etc/firstboot/config.yaml"]
             state = host.root / "var/lib/firstboot"
             assert stat.S_IMODE(state.stat().st_mode) == 0o700
-            keys = [p for p in state.rglob("*") if p.is_file() and b"PRIVATE" in p.read_bytes()]
+            keys = [p for p in host.root.rglob("*") if p.is_file() and b"PRIVATE" in p.read_bytes()]
             assert len(keys) >= 2
             assert {stat.S_IMODE(p.stat().st_mode) for p in keys} == {0o600}
             authorities = list((state / "secrets").glob("authority/*"))
