@@ -9,6 +9,7 @@ from firstboot.payloads.rows import OPTIONS, PAYLOADS
 from firstboot.protocol import events, history, status
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.errors import UserError
+from firstboot.protocol.situation import Start
 
 
 def replay(lines: Iterable[str]) -> Iterator[str]:
@@ -37,14 +38,16 @@ def replay(lines: Iterable[str]) -> Iterator[str]:
 def _core(opening: history.Opening) -> Assembly:
     config = opening.config
     return Assembly(
-        config=config,
-        me=opening.me,
-        stored=opening.stored,
-        issued=opening.issued,
-        payload=PAYLOADS[config.payload],
-        options=OPTIONS[config.payload],
-        rng=random.Random(opening.seed),  # noqa: S311  the recorded run's own numbers
-        now=opening.now,
+        Start(
+            config=config,
+            me=opening.me,
+            stored=opening.stored,
+            issued=opening.issued,
+            payload=PAYLOADS[config.payload],
+            options=OPTIONS[config.payload],
+            rng=random.Random(opening.seed),  # noqa: S311  the recorded run's own numbers
+            now=opening.now,
+        )
     )
 
 

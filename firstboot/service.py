@@ -31,6 +31,7 @@ from firstboot.protocol import events, history, status
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.errors import FirstbootError, UserError
 from firstboot.protocol.model import Channel, Endpoint, Self, Stage, Stored
+from firstboot.protocol.situation import Start
 from firstboot.transport import Transport
 from firstboot.userdata import Document
 
@@ -162,14 +163,16 @@ class Service:
         opening = history.Opening(config, me, stored, issued, seed, now, self._wall_offset())
         self._open_history(history.opening_line(opening))
         self.core = Assembly(
-            config=config,
-            me=me,
-            stored=stored,
-            issued=issued,
-            payload=PAYLOADS[config.payload],
-            options=self.document.options,
-            rng=random.Random(seed),  # noqa: S311  back-off only, and replay needs the seed
-            now=now,
+            Start(
+                config=config,
+                me=me,
+                stored=stored,
+                issued=issued,
+                payload=PAYLOADS[config.payload],
+                options=self.document.options,
+                rng=random.Random(seed),  # noqa: S311  back-off only, and replay needs the seed
+                now=now,
+            )
         )
 
     async def _open_formation(self, me: Self, key: bytes) -> None:

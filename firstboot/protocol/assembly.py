@@ -19,17 +19,17 @@ The transitions, each in the file that owns it::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from firstboot.protocol import events, messages
 from firstboot.protocol.enrolment import full
 from firstboot.protocol.membership import LEAVE_ANYWAY, Membership
-from firstboot.protocol.model import Channel, ClusterConfig, Issued, Self, Stored
+from firstboot.protocol.model import Channel
 from firstboot.protocol.peers import SILENT_AFTER, Peer
-from firstboot.protocol.plan import Payload, make_plan
-from firstboot.protocol.situation import NEVER, Random
+from firstboot.protocol.plan import make_plan
+from firstboot.protocol.situation import NEVER, Start
 
 STEP_RETRY = (2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before a failed step is tried again
 
@@ -37,23 +37,13 @@ STEP_RETRY = (2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before a failed step is trie
 class Assembly(Membership):
     """One host. All attributes are for reading; only `receive` changes them."""
 
-    def __init__(
-        self,
-        config: ClusterConfig,
-        me: Self,
-        stored: Stored,
-        issued: Iterable[Issued],
-        payload: Payload,
-        options: Mapping[str, str],
-        rng: Random,
-        now: float,
-    ) -> None:
-        super().__init__(config, me, stored, issued, payload, options, rng, now)
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
         self.step_failures = 0
         self.step_error: events.StepFailed | None = None
         self._step_asked = False
-        self._step_at = now
-        self._left = stored.finished
+        self._step_at = start.now
+        self._left = start.stored.finished
 
     def receive(self, event: events.Event, now: float) -> list[events.Action]:
         """Take note of an event and return what to do about it, in order."""

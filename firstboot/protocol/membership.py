@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 from firstboot.protocol import events, messages
 from firstboot.protocol.model import (
     Channel,
-    ClusterConfig,
     Endpoint,
     Issued,
     Member,
-    Self,
-    Stored,
 )
 from firstboot.protocol.peers import Peer
-from firstboot.protocol.plan import Payload
-from firstboot.protocol.situation import Random
+from firstboot.protocol.situation import Start
 from firstboot.protocol.voter import Voter
 
 DIAL_TIME = 5.0  # seconds after which a dial has failed
@@ -28,28 +22,18 @@ LEAVE_ANYWAY = 60.0  # a node stops waiting for a master that cannot note its Co
 class Membership(Voter):
     """Adds enrolment, and the cluster channel over which ACTIVE is told."""
 
-    def __init__(
-        self,
-        config: ClusterConfig,
-        me: Self,
-        stored: Stored,
-        issued: Iterable[Issued],
-        payload: Payload,
-        options: Mapping[str, str],
-        rng: Random,
-        now: float,
-    ) -> None:
-        super().__init__(config, me, stored, issued, payload, options, rng, now)
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
         self.request: events.RequestMade | None = None
         self.denied = ""  # why the master, or this host, refused
         self.running_since: float | None = None
         self.noted = False  # the master knows that this host has ACTIVE on disk
-        self.confirmed = set(stored.confirmed)
+        self.confirmed = set(start.stored.confirmed)
         self._request_asked = False
         self._cluster_retry = CLUSTER_RETRY
         self._storing: Member | None = None  # whose certificates are being stored
-        self._enrol_at = self._cluster_dial_at = self._tell_at = now
-        self._active_since: float | None = now if stored.activated else None
+        self._enrol_at = self._cluster_dial_at = self._tell_at = start.now
+        self._active_since: float | None = start.now if start.stored.activated else None
 
     def _membership_times(self) -> list[float]:
         times = [self._tell_at]

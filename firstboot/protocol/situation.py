@@ -5,8 +5,8 @@ The base of `voter`, `membership` and `assembly`, which add what to do about it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from firstboot.protocol import election, events, messages
@@ -37,24 +37,32 @@ class Random(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What one run of the core is made from.
+
+    `issued` is everything this host journalled as a master; `options` are the payload's own
+    variables; `now` is monotonic seconds.
+    """
+
+    config: ClusterConfig
+    me: Self
+    stored: Stored
+    issued: tuple[Issued, ...]
+    payload: Payload
+    options: Mapping[str, str]
+    rng: Random
+    now: float
+
+
 class Situation:
     """The state of one host. All attributes are for reading."""
 
-    def __init__(
-        self,
-        config: ClusterConfig,
-        me: Self,
-        stored: Stored,
-        issued: Iterable[Issued],
-        payload: Payload,
-        options: Mapping[str, str],
-        rng: Random,
-        now: float,
-    ) -> None:
-        self.config, self.me, self.stored = config, me, stored
-        self.payload, self.options, self.rng = payload, options, rng
-        self.now = now
-        self.journal = {(i.epoch, i.member.node_id): i for i in issued}
+    def __init__(self, start: Start) -> None:
+        config, me, stored, now = start.config, start.me, start.stored, start.now
+        self.config, self.me, self.stored, self.now = config, me, stored, now
+        self.payload, self.options, self.rng = start.payload, start.options, start.rng
+        self.journal = {(i.epoch, i.member.node_id): i for i in start.issued}
         self.book = AddressBook(limit=4 * config.expect + 64)
         self.peers: dict[str, Peer] = {}
         self.strangers: dict[str, str] = {}  # source -> kind, at most MAX_STRANGERS

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from firstboot.protocol import election, events, messages
 from firstboot.protocol.election import Purpose, Round
 from firstboot.protocol.enrolment import Roster
-from firstboot.protocol.model import ClusterConfig, Issued, Member, Self, Stored, Value
-from firstboot.protocol.plan import Payload
-from firstboot.protocol.situation import HEARTBEAT, Random, Situation
+from firstboot.protocol.model import Member, Value
+from firstboot.protocol.situation import HEARTBEAT, Situation, Start
 
 RANK_STEP = 0.3  # head start of each better-ranked host before the next proposes, seconds
 YIELD = 1.0  # how long a promise keeps a host from proposing itself
@@ -22,23 +20,13 @@ MASTER_SILENT = 30.0  # before a master of a CANDIDATE may be replaced
 class Voter(Situation):
     """Adds the register to the situation: acceptor, proposer, and what was learnt."""
 
-    def __init__(
-        self,
-        config: ClusterConfig,
-        me: Self,
-        stored: Stored,
-        issued: Iterable[Issued],
-        payload: Payload,
-        options: Mapping[str, str],
-        rng: Random,
-        now: float,
-    ) -> None:
-        super().__init__(config, me, stored, issued, payload, options, rng, now)
-        self.roster = self._roster(stored.decided.epoch if stored.decided else 0)
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
+        self.roster = self._roster(start.stored.decided.epoch if start.stored.decided else 0)
         self.round: Round | None = None
         self.can_since: float | None = None  # since when a quorum is present
-        self.master_heard = now
-        self._yield_until = now
+        self.master_heard = start.now
+        self._yield_until = start.now
         self._backoff = 0.0
         self._failed_rounds = 0
         self._seen_number = 0

@@ -28,6 +28,7 @@ from firstboot.protocol.model import (
     Stored,
 )
 from firstboot.protocol.plan import Payload, RolePlan, StartUnit
+from firstboot.protocol.situation import Start
 from tests.sim.invariants import Witness
 
 PAYLOAD = Payload(
@@ -358,7 +359,8 @@ class World:
     def make_core(self, me: Self, stored: Stored, issued: list[Issued]) -> Assembly:
         """The code under test."""
         rng = random.Random(self.rng.random())
-        return self.core(self.config, me, stored, issued, PAYLOAD, {}, rng, self.now)
+        start = Start(self.config, me, stored, tuple(issued), PAYLOAD, {}, rng, self.now)
+        return self.core(start)
 
     # ------------------------------------------------------------ network
 
