@@ -321,6 +321,21 @@ def test_a_broken_image_is_told_and_retried_until_it_is_there(launch: Launch) ->
     wait_running(rig)
 
 
+def test_the_top_level_key_of_a_cloud_config_works_too(launch: Launch) -> None:
+    text = "".join(f"  {line}\n" for line in document(1, payload="none").splitlines())
+    rig = launch(1, f"#cloud-config\nfirstboot:\n{text}")
+    rig.start()
+    wait_running(rig)
+    assert not rig[1].exec("ls", "/etc/firstboot").stdout.count("config.yaml")
+    modes = rig[1].exec("sh", "-c", "cd /etc/firstboot/pki && stat -c '%a %n' *").stdout
+    assert modes.split("\n")[:4] == [
+        "644 ca.crt",
+        "644 client.crt",
+        "600 host.key",
+        "644 server.crt",
+    ]
+
+
 # Holds etcd's port before the role starts; bootcmd runs in cloud-init's network stage.
 SQUATTER = """
 bootcmd:
