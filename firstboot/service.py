@@ -17,9 +17,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from firstboot import host, pki, userdata
 from firstboot.carrier import Carrier
@@ -27,24 +26,26 @@ from firstboot.discovery.interface import Context, Provider
 from firstboot.discovery.providers import PROVIDERS
 from firstboot.journal import WARNING, Journal
 from firstboot.payloads.rows import PAYLOADS
-from firstboot.protocol import events, history, status
+from firstboot.protocol import events, history
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.errors import FirstbootError, UserError
-from firstboot.protocol.model import Channel, Endpoint, Self, Stage, Stored
+from firstboot.protocol.model import Channel, Endpoint, Self, Stored
 from firstboot.protocol.situation import Start
+from firstboot.publisher import Publisher, Recorder
 from firstboot.transport import Transport
 from firstboot.userdata import Document
 
-HISTORY = "history.jsonl"
-MAX_HISTORY = 8 * 1024 * 1024  # bytes; a run that waits for days stops recording, not forming
 RANK_WITHOUT_PREFERENCE = 1000
 
 
 class Service:
     """One run of ``firstboot run``: from a document to a host that runs its role."""
 
-    def __init__(self, root: Path, document: Document, journal: Journal) -> None:
+    def __init__(
+        self, root: Path, document: Document, journal: Journal, publisher: Publisher
+    ) -> None:
         self.root, self.document, self.journal = root, document, journal
+        self.publisher = publisher
         self.directory = host.StateDirectory(root)
         self.inbox: deque[events.Event] = deque()
         self._wake = asyncio.Event()
@@ -55,12 +56,7 @@ class Service:
         self._persisting = False
         self._persist_next: events.Persist | None = None
         self._announcing: dict[str, asyncio.Task[None]] = {}
-        self._history: IO[str] | None = None
-        self._shown: dict[str, Any] = {}
-        self._stage: Stage | None = None
-        self._enrolled = False
-        self._timeline: list[dict[str, Any]] = []
-        self._since = time.time()
+        self._history = Recorder(self.directory.path)
         self._bug: BaseException | None = None
         self._started = False
         self._leaving = False
@@ -76,7 +72,6 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
         loop.set_exception_handler(self._broken)
-        self.journal.ready()
         try:
             await self._start()
             if not self._stopped:
@@ -119,7 +114,7 @@ class Service:
         me = self._me(facts, pki.node_id(key), endpoint, voter=known is stored)
         self._make_core(me, known)
         self.carrier = Carrier(self.root, self.directory, self.transport, self.core)
-        self._mark("network")
+        self.publisher.mark("network")
         await self.transport.start("", endpoint.port)
         self._started = True
         self.carrier.open_cluster_channel()
@@ -136,7 +131,8 @@ class Service:
         facts = look()
         if facts.endpoint is not None or wanted.config.expect == 1:
             return facts  # a cluster of one needs no network
-        self._publish_waiting_for_address()
+        where = wanted.interface or wanted.cidr
+        self.publisher.waiting_for_address(wanted.config.cluster, where)
         waiting = asyncio.ensure_future(host.wait_for_address(wanted.interface, wanted.cidr))
         stop = asyncio.ensure_future(self._wake.wait())
         _, rest = await asyncio.wait((waiting, stop), return_when=asyncio.FIRST_COMPLETED)
@@ -160,8 +156,9 @@ class Service:
         now, seed = self._now(), secrets.randbits(48)
         issued = self.directory.issued()
         config = self.document.config
-        opening = history.Opening(config, me, stored, issued, seed, now, self._wall_offset())
-        self._open_history(history.opening_line(opening))
+        offset = time.time() - time.monotonic()
+        opening = history.Opening(config, me, stored, issued, seed, now, offset)
+        self._history.line(history.opening_line(opening))
         self.core = Assembly(
             Start(
                 config=config,
@@ -205,8 +202,7 @@ class Service:
             self.carrier.cancel()  # else Python would wait for a unit's deadline at exit
         self._disk.shutdown(wait=True)
         self._work.shutdown(wait=not self._stopped, cancel_futures=True)
-        if self._history is not None:
-            self._history.close()
+        self._history.close()
 
     # ------------------------------------------------------------ the loop
 
@@ -218,10 +214,6 @@ class Service:
     @staticmethod
     def _now() -> float:
         return round(time.monotonic(), 6)  # as precise as the history can tell
-
-    @staticmethod
-    def _wall_offset() -> float:
-        return time.time() - time.monotonic()
 
     async def _wait(self) -> None:
         if not self.inbox:
@@ -235,12 +227,18 @@ class Service:
     def _turn(self) -> None:
         while self.inbox and not self._leaving:
             event, now = self.inbox.popleft(), self._now()
-            self._record(history.event_line(event, now))
+            self._history.line(history.event_line(event, now))
             for action in self.core.receive(event, now):
                 self._carry_out(action)
-        if self._history is not None:
-            self._history.flush()
+        self._history.flush()
         self._publish()
+
+    def _publish(self) -> dict[str, Any]:
+        warnings = list(self.document.warnings)
+        expiries = self.carrier.expiries
+        return self.publisher.publish(
+            self.core, self.providers, certificates=expiries, warnings=warnings
+        )
 
     def _carry_out(self, action: events.Action) -> None:
         match action:
@@ -306,8 +304,7 @@ class Service:
     def _finish(self) -> None:
         """Leave for good: the stamp comes last, and firstboot.service starts no more."""
         self._leaving = True
-        self._publish()
-        text = json.dumps(self._shown).encode()
+        text = json.dumps(self._publish()).encode()
         host.write_durably(self.directory.path / "status.json", text, 0o644)
         self.directory.finish()
 
@@ -319,114 +316,23 @@ class Service:
             self._announcing[f"stop {provider.name}"] = task
         self.journal.say("Admission is closed: the token opens nothing on this host any more.")
 
-    # ------------------------------------------------------------ what is told
-
-    def _open_history(self, first: str) -> None:
-        path = self.directory.path / HISTORY
-        number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._history = os.fdopen(number, "a")
-        self._record(first)
-
-    def _record(self, line: str) -> None:
-        if self._history is None:
-            return
-        try:
-            self._history.write(line + "\n")
-            if self._history.tell() > MAX_HISTORY:
-                self._history.close()
-                self._history = None
-        except OSError:
-            self._history = None  # a full disk must not stop the formation
-
-    def _mark(self, what: str) -> None:
-        self._timeline.append({"what": what, "at": round(time.time(), 6)})
-
-    def _publish(self) -> None:
-        """Write the status if it changed, and say what a person would want to hear."""
-        now = status.describe(self.core, self._wall_offset())
-        if now["sentence"] != self._shown.get("sentence"):
-            self._since = time.time()
-        if self.core.enrolled and not self._enrolled:
-            self._enrolled = True
-            self._mark("certificates")
-        if self.core.stage is not self._stage:
-            self._stage = self.core.stage
-            self._mark(self._stage.value)
-        now |= {
-            "since": self._since,
-            "timeline": self._timeline,
-            "providers": [vars_of(p.report()) for p in self.providers],
-            "certificates": self.carrier.expiries,
-            "warnings": list(self.document.warnings),
-        }
-        before, self._shown = self._shown, now
-        if comparable(now) == comparable(before):
-            return
-        host.write_status(self.root, now)
-        self.journal.report(now, before)
-
-    def _publish_waiting_for_address(self) -> None:
-        sentence = "Waiting for a network address"
-        where = self.document.interface or self.document.cidr
-        now = {
-            "schema": status.SCHEMA,
-            "cluster": self.document.config.cluster,
-            "stage": Stage.DISCOVERING.value,
-            "state": "waiting",
-            "sentence": sentence + (f" on {where}." if where else "."),
-            "hint": "Check the cable, DHCP or network configuration of this host.",
-            "since": time.time(),
-            "problems": [],
-        }
-        host.write_status(self.root, now)
-        self.journal.report(now, {})
-
-
-def vars_of(report: object) -> dict[str, Any]:
-    """A small dataclass as a mapping, slots or not."""
-    return {name: getattr(report, name) for name in report.__dataclass_fields__}  # type: ignore[attr-defined]
-
-
-def comparable(shown: dict[str, Any]) -> dict[str, Any]:
-    """A status without what changes by itself."""
-    return {key: item for key, item in shown.items() if key not in ("since", "grace_ends")}
-
 
 def run(root: Path) -> int:
     """``firstboot run``: the exit code. A host without configuration is a normal end: 0."""
     journal = Journal(under_systemd="NOTIFY_SOCKET" in os.environ, stream=sys.stderr)
+    journal.ready()
+    publisher = Publisher(root, journal)
     try:
         document = userdata.find(root)
         if document is None:
-            return _end_early(
-                root, journal, "unconfigured", f"This host is {userdata.explain(root)}."
-            )
+            publisher.end_early("unconfigured", f"This host is {userdata.explain(root)}.")
+            return 0
         for warning in document.warnings:
             journal.say(warning, priority=WARNING)
-        return asyncio.run(Service(root, document, journal).run())
+        return asyncio.run(Service(root, document, journal, publisher).run())
     except UserError as error:
-        _end_early(root, journal, "failed", str(error), code="CONFIGURATION")
+        publisher.end_early("failed", str(error), code="CONFIGURATION")
         return error.code
     except FirstbootError as error:
-        _end_early(root, journal, "failed", str(error), code="FAILED")
+        publisher.end_early("failed", str(error), code="FAILED")
         return 1
-
-
-def _end_early(root: Path, journal: Journal, state: str, text: str, code: str = "") -> int:
-    """Say why nothing is started, in the status, the journal and on the console."""
-    problem = {"code": code, "text": text, "hint": "", "blocking": True}
-    now = {
-        "schema": status.SCHEMA,
-        "cluster": "",
-        "stage": state,
-        "state": state,
-        "sentence": text,
-        "hint": "",
-        "since": time.time(),
-        "problems": [problem] if code else [],
-    }
-    with suppress(FirstbootError):  # a full /run must not hide the reason from the journal
-        host.write_status(root, now)
-    journal.ready()
-    journal.report({**now, "problems": []}, {})
-    return 0

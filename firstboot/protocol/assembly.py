@@ -94,7 +94,7 @@ class Assembly(Membership):
             self._actions.append(events.Disconnect(event.node_id))
         elif peer is not None:
             peer.heard = self.now
-            if self.decided is not None and event.node_id == self.decided.founder.node_id:
+            if self._from_working_master(peer):
                 self.master_heard = self.now
             if isinstance(message, messages.Hello):
                 self._on_hello(peer, message)
@@ -103,6 +103,12 @@ class Assembly(Membership):
                     self._on_cluster_message(peer, message)
             elif peer.hello is not None and not peer.mismatch:
                 self._on_formation_message(event.node_id, message)
+
+    def _from_working_master(self, peer: Peer) -> bool:
+        """A master that lost its votes cannot activate: for replacing it, it counts as silent."""
+        lost = peer.hello is not None and not peer.hello.voter
+        founder = self.decided.founder.node_id if self.decided else ""
+        return peer.node_id == founder and not (lost and not self.active_seen)
 
     def _on_hello(self, peer: Peer, hello: messages.Hello) -> None:
         fresh = peer.hello is None

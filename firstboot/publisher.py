@@ -1,0 +1,128 @@
+"""What one run tells: its status for everybody, its history for replay, and when what began."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from firstboot import host
+from firstboot.discovery.interface import Provider
+from firstboot.journal import Journal
+from firstboot.protocol import status
+from firstboot.protocol.assembly import Assembly
+from firstboot.protocol.errors import FirstbootError
+from firstboot.protocol.model import Stage
+
+HISTORY = "history.jsonl"
+MAX_HISTORY = 8 * 1024 * 1024  # bytes; a run that waits for days stops recording, not forming
+
+
+class Recorder:
+    """The history file. Whatever happens to it must not stop the formation."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file: IO[str] | None = None
+        with suppress(OSError):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            self._file = os.fdopen(os.open(directory / HISTORY, flags, 0o600), "a")
+
+    def line(self, text: str) -> None:
+        """Add a line; it reaches the file at the next `flush`."""
+        self._do(lambda file: file.write(f"{text}\n"))
+        if self._file is not None and self._file.tell() > MAX_HISTORY:
+            self.close()
+
+    def flush(self) -> None:
+        """Hand what was added to the kernel."""
+        self._do(lambda file: file.flush())
+
+    def close(self) -> None:
+        """Stop recording."""
+        self._do(lambda file: file.close())
+        self._file = None
+
+    def _do(self, deed: Any) -> None:
+        if self._file is None:
+            return
+        try:
+            deed(self._file)
+        except OSError:
+            self._file = None
+
+
+class Publisher:
+    """Writes the status when it changes, and has the journal say what is new in it."""
+
+    def __init__(self, root: Path, journal: Journal) -> None:
+        self._root, self._journal = root, journal
+        self.shown: dict[str, Any] = {}
+        self._timeline: list[dict[str, Any]] = []
+        self._seen: set[str] = set()
+        self._since = time.time()
+
+    def mark(self, what: str) -> None:
+        """Note that this began just now; only the first time counts."""
+        if what not in self._seen:
+            self._seen.add(what)
+            self._timeline.append({"what": what, "at": round(time.time(), 6)})
+
+    def publish(
+        self, core: Assembly, providers: Iterable[Provider], **more: object
+    ) -> dict[str, Any]:
+        """Tell where the core stands; `more` are further items of the status."""
+        now = status.describe(core, time.time() - time.monotonic())
+        if now["sentence"] != self.shown.get("sentence"):
+            self._since = time.time()
+        if core.enrolled:
+            self.mark("certificates")
+        self.mark(core.stage.value)
+        now |= {
+            "since": self._since,
+            "timeline": self._timeline,
+            "providers": [asdict(p.report()) for p in providers],
+            **more,
+        }
+        before, self.shown = self.shown, now
+        if _steady(now) != _steady(before):
+            self._tell(now, before)
+        return now
+
+    def waiting_for_address(self, cluster: str, where: str) -> None:
+        """This host has no address yet, so there is no core to describe."""
+        sentence = f"Waiting for a network address{' on ' if where else ''}{where}."
+        hint = "Check the cable, DHCP or network configuration of this host."
+        self._brief(Stage.DISCOVERING.value, "waiting", sentence, hint=hint, cluster=cluster)
+
+    def end_early(self, state: str, sentence: str, code: str = "") -> None:
+        """Nothing is started, and this is why."""
+        problem = {"code": code, "text": sentence, "hint": "", "blocking": True}
+        self._brief(state, state, sentence, problems=[problem] if code else [])
+
+    def _brief(self, stage: str, state: str, sentence: str, **more: Any) -> None:
+        now = {
+            "schema": status.SCHEMA,
+            "cluster": "",
+            "stage": stage,
+            "state": state,
+            "sentence": sentence,
+            "hint": "",
+            "since": time.time(),
+            "problems": [],
+            **more,
+        }
+        self._tell(now, {"problems": now["problems"]})  # the sentence says it already
+
+    def _tell(self, now: dict[str, Any], before: dict[str, Any]) -> None:
+        with suppress(FirstbootError):  # a full /run must stop neither host nor journal
+            host.write_status(self._root, now)
+        self._journal.report(now, before)
+
+
+def _steady(shown: dict[str, Any]) -> dict[str, Any]:
+    """A status without what changes by itself."""
+    return {key: item for key, item in shown.items() if key not in ("since", "grace_ends")}
