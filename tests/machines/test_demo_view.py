@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from tests.machines import demo
-from tests.machines.demo import Look, Timings
+from tests.machines import demo, view
+from tests.machines.view import Look, Timings
 
 CLUSTER = "4bcf22da0bcceaa856be4080c3356109"
 FOUNDER = {
@@ -134,7 +134,7 @@ def words(line: str) -> list[str]:
 
 def test_one_row_for_each_host_and_one_view_for_all() -> None:
     looks = [look(MASTER, 1), look(WAITING, 2), look(None, 3)]
-    title, head, *rows = text(demo.view(looks))
+    title, head, *rows = text(view.view(looks))
     assert title == "1 of 3 hosts are running"
     assert head.split() == ["host", "role", "stage", "it", "says", "address", "elapsed"]
     assert [row.split()[:3] for row in rows] == [
@@ -145,45 +145,45 @@ def test_one_row_for_each_host_and_one_view_for_all() -> None:
     for row, shown in zip(rows, (MASTER, WAITING), strict=False):
         assert shown["sentence"] in row
         assert row.split()[-3:] == [shown["address"], "3.2", "s"]
-    assert demo.NOTHING_SAID in rows[2]
+    assert view.NOTHING_SAID in rows[2]
 
 
 def test_brackets_in_texts_are_shown() -> None:
-    shown = "\n".join(text(demo.view([look(WAITING), look(DEGRADED)])))
+    shown = "\n".join(text(view.view([look(WAITING), look(DEGRADED)])))
     assert "host-3[bfce861e]" in shown
     assert "ca.crt [f5]" in shown
 
 
 def test_a_narrow_terminal_still_shows_everything() -> None:
-    shown = " ".join(text(demo.view([look(WAITING)]), width=80))
+    shown = " ".join(text(view.view([look(WAITING)]), width=80))
     for word in WAITING["sentence"].split():
         assert word in shown
 
 
 def test_problems_stand_below_with_their_remedy() -> None:
-    lines = text(demo.view([look(NODE, 1), look(DEGRADED)]))
+    lines = text(view.view([look(NODE, 1), look(DEGRADED)]))
     assert "starting (degraded)" in lines[3]
     assert lines[-1] == f"host-2  STEP_FAILED: {PROBLEM['text']} {PROBLEM['hint']}"
 
 
 def test_a_line_for_each_change_and_only_then() -> None:
-    (line,) = demo.changes(look(WAITING), None)
+    (line,) = view.changes(look(WAITING), None)
     assert line.startswith("    3.2 s  host-2  ")
     assert line.endswith(WAITING["sentence"])
     later = look(WAITING | {"sentence": WAITING["sentence"].replace("118 s", "117 s")}, after=4.2)
-    assert demo.changes(later, look(WAITING)) == []
-    (line,) = demo.changes(look(NODE), look(WAITING))
+    assert view.changes(later, look(WAITING)) == []
+    (line,) = view.changes(look(NODE), look(WAITING))
     assert "node" in line and "running" in line and NODE["sentence"] in line
 
 
 def test_a_new_problem_is_a_line_once() -> None:
-    stage, problem = demo.changes(look(DEGRADED), look(NODE))
+    stage, problem = view.changes(look(DEGRADED), look(NODE))
     assert DEGRADED["sentence"] in stage
     assert "STEP_FAILED" in problem and PROBLEM["hint"] in problem
     again = PROBLEM | {"text": PROBLEM["text"].replace("attempt 5", "attempt 6")}
-    assert demo.changes(look(DEGRADED | {"problems": [again]}), look(DEGRADED)) == []
+    assert view.changes(look(DEGRADED | {"problems": [again]}), look(DEGRADED)) == []
     another = PROBLEM | {"code": "DISK"}
-    (line,) = demo.changes(look(DEGRADED | {"problems": [PROBLEM, another]}), look(DEGRADED))
+    (line,) = view.changes(look(DEGRADED | {"problems": [PROBLEM, another]}), look(DEGRADED))
     assert "DISK" in line
 
 
@@ -192,30 +192,30 @@ def test_a_new_problem_is_a_line_once() -> None:
 
 def test_late_hosts_are_named_with_what_they_wait_for() -> None:
     looks = [look(MASTER, 1), look(WAITING, 2), look(None, 3)]
-    sentence = demo.late(looks, 180)
+    sentence = view.late(looks, 180)
     assert sentence.startswith("After 180 s host-2, host-3 are not running. host-2 (discovering):")
     assert WAITING["sentence"] in sentence
-    assert f"host-3 (booting): {demo.NOTHING_SAID}" in sentence
+    assert f"host-3 (booting): {view.NOTHING_SAID}" in sentence
     assert MASTER["sentence"] not in sentence
-    assert "host-2 is not running" in demo.late([look(WAITING)], 180)
+    assert "host-2 is not running" in view.late([look(WAITING)], 180)
 
 
 @pytest.mark.parametrize("state", ["failed", "unconfigured"])
 def test_nobody_waits_for_what_cannot_come(state: str) -> None:
     ended = NODE | {"stage": state, "state": state, "sentence": "There is no document."}
-    assert demo.hopeless([look(MASTER, 1), look(ended)]) == (
+    assert view.hopeless([look(MASTER, 1), look(ended)]) == (
         f"host-2 is {state}: There is no document."
     )
 
 
 def test_nobody_waits_for_a_machine_that_is_off() -> None:
     off = Look("host-3", "10.77.0.13", False, 3.0, None)
-    assert demo.hopeless([look(MASTER, 1), off]) == "host-3 is off: This machine is off."
+    assert view.hopeless([look(MASTER, 1), off]) == "host-3 is off: This machine is off."
 
 
 @pytest.mark.parametrize("shown", [None, WAITING, DEGRADED, NODE])
 def test_everything_else_may_still_come(shown: Mapping[str, Any] | None) -> None:
-    assert demo.hopeless([look(shown)]) == ""
+    assert view.hopeless([look(shown)]) == ""
 
 
 # ---------------------------------------------------------------- the result
@@ -227,7 +227,7 @@ def test_one_line_for_each_finished_host() -> None:
         "host-2": {"etcd-proxy.service": "active", "firstboot.target": "active"},
         "host-3": {"etcd-proxy.service": "failed", "firstboot.target": "inactive"},
     }
-    _, *rows = (words(line) for line in text(demo.result(running(), units), width=100))
+    _, *rows = (words(line) for line in text(view.result(running(), units), width=100))
     cells = [[cell.strip() for cell in row] for row in rows]
     assert cells == [
         # The earlier of the two dates.
@@ -253,7 +253,7 @@ def test_times_count_from_the_last_network_up() -> None:
         " 7.97 s to all units active."
     )
     head, first, second, _ = text(timings.rows(), width=100)
-    assert head.split() == ["host", *demo.PHASES]
+    assert head.split() == ["host", *view.PHASES]
     # A master's signing stands where a node's enrolling does.
     assert first.split() == ["host-1", "-1.05", "-0.86", "0.17", "0.34", "0.59", "0.80", "7.82"]
     assert second.split() == ["host-2", "-0.42", "-0.32", "0.18", "0.35", "0.68", "0.83", "7.97"]
@@ -323,7 +323,7 @@ def no_certificate(found: Statuses) -> None:
 
 
 def test_one_cluster_with_one_master_is_without_fault() -> None:
-    assert demo.faults([MASTER, NODE, OTHER], masters=1) == []
+    assert view.faults([MASTER, NODE, OTHER], masters=1) == []
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_one_cluster_with_one_master_is_without_fault() -> None:
 def test_anything_but_one_cluster_is_a_fault(spoil: Callable[[Statuses], None], said: str) -> None:
     statuses = [dict(MASTER), dict(NODE), dict(OTHER)]
     spoil(statuses)
-    assert said in "; ".join(demo.faults(statuses, masters=1))
+    assert said in "; ".join(view.faults(statuses, masters=1))
 
 
 # ---------------------------------------------------------------- what to do next
