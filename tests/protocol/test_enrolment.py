@@ -39,7 +39,7 @@ def decide(
     seen_at: tuple[str, ...] | None = None,
 ) -> Member | str:
     seen = (request.host,) if seen_at is None else seen_at
-    return roster.decide(config, value, node_id, request, seen)
+    return roster.decide(config, value, node_id, request, seen, present)
 
 
 def admit(roster: Roster, node_id: str, request: Enrol, value: Value = ONE) -> Member:
