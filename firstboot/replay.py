@@ -11,6 +11,8 @@ from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.errors import UserError
 from firstboot.protocol.situation import Start
 
+_NO_RUN, _HINT = "this file does not begin with a run", "give a history.jsonl"
+
 
 def replay(lines: Iterable[str]) -> Iterator[str]:
     """One line per event: seconds since the start, the stage, the event, the actions it caused.
@@ -26,17 +28,20 @@ def replay(lines: Iterable[str]) -> Iterator[str]:
             yield f"run of {core.me.name} ({core.me.node_id[:8]}), cluster {core.config.cluster}"
             continue
         if core is None:
-            raise UserError("this file does not begin with a run", hint="give a history.jsonl")
+            raise UserError(_NO_RUN, hint=_HINT)
         now, event = item
         actions = core.receive(event, now)
         done = ", ".join(_short(a) for a in actions) or "-"
         yield f"{now - start:10.3f} {core.stage.value:11} {_short(event)} -> {done}"
-    if core is not None:
-        yield status.sentence(core)[0]
+    if core is None:
+        raise UserError(_NO_RUN, hint=_HINT)
+    yield status.sentence(core)[0]
 
 
 def _core(opening: history.Opening) -> Assembly:
     config = opening.config
+    if config.payload not in PAYLOADS:
+        raise UserError(f"this version knows no payload {config.payload!r}")
     return Assembly(
         Start(
             config=config,

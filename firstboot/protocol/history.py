@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from firstboot.protocol import events, messages
-from firstboot.protocol.errors import UserError
+from firstboot.protocol.errors import RemoteError, UserError
 from firstboot.protocol.model import Channel, ClusterConfig, Issued, Self, Stored
 
 EVENTS: dict[str, type[Any]] = {kind.__name__: kind for kind in events.Event.__args__}
+RUN = '{"run": '  # no text within a line can look like this: JSON escapes its quotes
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Opening:
 
 def opening_line(opening: Opening) -> str:
     """The first line of a run."""
-    return json.dumps({"run": messages.to_plain(opening)})
+    return f"{RUN}{json.dumps(messages.to_plain(opening))}}}"
 
 
 def event_line(event: events.Event, now: float) -> str:
@@ -49,24 +50,35 @@ def event_line(event: events.Event, now: float) -> str:
 def read(lines: Iterable[str]) -> Iterator[Opening | tuple[float, events.Event]]:
     """What was written, in order; UserError names the line that cannot be read.
 
-    A last line cut short by a power failure is left out.
+    What a power failure cut short is left out: a last line, and the beginning of a line on which
+    the next run then went on.
     """
     waiting = list(lines)
     for number, line in enumerate(waiting, start=1):
-        try:
-            yield _item(json.loads(line))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            if number == len(waiting):
-                return
+        item = _item(line) or _item(line[max(0, line.rfind(RUN)) :])
+        if item is not None:
+            yield item
+        elif number < len(waiting):
             message = "this line is not part of a firstboot history"
-            raise UserError(message, where=f"line {number}") from None
+            raise UserError(message, where=f"line {number}")
 
 
-def _item(plain: dict[str, Any]) -> Opening | tuple[float, events.Event]:
+def _item(line: str) -> Opening | tuple[float, events.Event] | None:
+    """What this line says, None if it is not one of ours."""
+    try:
+        return _from_plain(json.loads(line))
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return None  # whatever json and this file's own reading of it may raise
+    except RemoteError:
+        return None  # no message of this version's
+
+
+def _from_plain(plain: dict[str, Any]) -> Opening | tuple[float, events.Event]:
     if "run" in plain:
         opening: Opening = messages.from_plain(Opening, plain["run"])
         return opening
-    now, kind = float(plain.pop("at")), EVENTS[plain.pop("event")]
+    now: float = messages.from_plain(float, plain.pop("at"))
+    kind = EVENTS[plain.pop("event")]
     if kind is events.MessageReceived:
         message = messages.decode(plain["message"].encode())
         channel = Channel(plain["channel"])

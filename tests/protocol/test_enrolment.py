@@ -39,7 +39,7 @@ def decide(
     seen_at: tuple[str, ...] | None = None,
 ) -> Member | str:
     seen = (request.host,) if seen_at is None else seen_at
-    return roster.decide(config, value, node_id, request, seen, present)
+    return roster.decide(config, value, node_id, request, seen)
 
 
 def admit(roster: Roster, node_id: str, request: Enrol, value: Value = ONE) -> Member:
@@ -141,12 +141,13 @@ def test_no_more_than_expect_are_let_in_and_those_being_signed_count(signed: boo
     assert isinstance(decide(roster, node(1), ask()), Member)  # who is in stays in
 
 
-def test_a_master_is_let_in_when_all_places_are_taken() -> None:
+def test_places_are_kept_for_the_masters() -> None:
     roster = Roster()
-    for number in (1, 2, 3):
-        admit(roster, node(number), ask(host=f"10.0.1.{number}"), THREE)
+    answer = decide(roster, node(1), ask(host="10.0.1.1"), value=THREE)
+    assert answer == "all expected hosts are enrolled; to admit more, set join.extra"
     for master in THREE.masters:
         assert admit(roster, master.node_id, ask("any", master.host), THREE) == master
+    assert len(roster.issued) == CONFIG.expect
 
 
 def test_a_master_has_the_name_and_address_that_were_decided() -> None:
