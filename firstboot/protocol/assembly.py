@@ -43,12 +43,18 @@ class Assembly(Membership):
         self.step_error: events.StepFailed | None = None
         self._step_asked = False
         self._step_at = start.now
-        self._left = start.stored.finished
+        self._left = False  # also of a host that lost power between `finished` and its stamp
 
     def receive(self, event: events.Event, now: float) -> list[events.Action]:
         """Take note of an event and return what to do about it, in order."""
         self.now = now
         self._actions = []
+        if self.failure:
+            # It stands still, as two copies of one identity must not vote; but the other copy is
+            # told, whenever it turns up.
+            if isinstance(event, events.Connected) and event.node_id == self.me.node_id:
+                self._on_connected(event)
+            return self._actions
         _HANDLERS[type(event)](self, event)
         if not self.failure:
             self._advance()
@@ -59,7 +65,8 @@ class Assembly(Membership):
         """When to call `receive` with DeadlineReached if nothing else happens (monotonic)."""
         if self.failure:
             return NEVER
-        times = [self._announce_at, self._hello_at, self._persist_again, self._step_at]
+        times = [self._announce_at, self._hello_at, self._step_at]
+        times += [self._persist_again, self._deed_again]
         times += [c.dial_at for c in self._contacts_to_dial()]
         times += [p.heard + SILENT_AFTER for p in self.peers.values() if p.present(self.now)]
         times += self._decision_times()
@@ -212,8 +219,11 @@ class Assembly(Membership):
     def _advance(self) -> None:
         if self.now >= self._persist_again:
             self._persist_again = NEVER
-            self._request_asked = self.request is not None
             self._store()
+        if self.now >= self._deed_again:
+            self._deed_again = NEVER
+            self._request_asked = self.request is not None
+        self._sweep()
         self._announce()
         self._dial()
         if self.now >= self._hello_at:

@@ -45,6 +45,8 @@ def accept(register: Register, ballot: Ballot, value: Value) -> Register | None:
     """The register after accepting, or None if a higher ballot was promised."""
     if ballot < register.promised:
         return None
+    if ballot == register.accepted and value != register.value:
+        return None  # only two copies of one identity can ask for that
     return Register(promised=ballot, accepted=ballot, value=value)
 
 
@@ -108,9 +110,12 @@ def unique_name(wanted: str, node_id: str, taken: Iterable[str]) -> str:
 
     Images boot with one host name on every machine more often than not.
     """
-    if wanted not in set(taken):
-        return wanted
-    return f"{wanted[:54].rstrip('-')}-{node_id[:8]}"
+    known, name, length = set(taken), wanted, 8
+    while name in known:
+        suffix = node_id[:length] if length <= len(node_id) else f"{node_id}-{length}"
+        name = f"{wanted[: 62 - len(suffix)].rstrip('-')}-{suffix}"
+        length += 1
+    return name
 
 
 def name_members(hosts: Iterable[Member]) -> tuple[Member, ...]:

@@ -29,11 +29,13 @@ class Roster:
         node_id: str,
         request: Enrol,
         seen_at: Collection[str],
+        present: Collection[str] | None = None,
     ) -> Member | str:
         """The member to sign for, or why not, in one sentence.
 
         `seen_at` are the IP addresses at which this host itself met the peer: a request for any
-        other address is refused, whoever sends it.
+        other address is refused, whoever sends it. `present` are the hosts that are connected now:
+        only they still hold their address, others may have been re-created. None: all of them.
         """
         if request.epoch != value.epoch:
             return f"the master of epoch {value.epoch} signs no request of epoch {request.epoch}"
@@ -41,17 +43,30 @@ class Roster:
         if known is not None:
             if known.key != request.key:
                 return "this host was already enrolled with another key"
+            if known.member.host != request.host and value.active:
+                return f"this host was enrolled with another address, {known.member.host}"
             return known.member
         if request.host not in seen_at:
             return f"address {request.host} is not where this host was met"
         everyone = [*self.issued.values(), *self.pending.values()]
-        if any(e.member.host == request.host for e in everyone):
+        if self._held(request.host, node_id, value, present):
             return f"address {request.host} belongs to another member"
-        if full(config, len(everyone)) and value.role_of(node_id).value != "master":
+        here = {e.member.node_id for e in everyone}
+        reserved = sum(m.node_id not in here for m in value.masters)
+        named = any(m.node_id == node_id for m in value.masters)
+        if full(config, len(everyone) + reserved) and not named:
             return "all expected hosts are enrolled; to admit more, set join.extra"
         member = self._named(value, node_id, request)
         self.pending[node_id] = Issued(member, value.epoch, request.key)
         return member
+
+    def _held(
+        self, address: str, node_id: str, value: Value, present: Collection[str] | None
+    ) -> bool:
+        """Whether another host holds that address: a named master always does."""
+        members = [e.member for e in (*self.issued.values(), *self.pending.values())]
+        holders = [m for m in members if present is None or m.node_id in present]
+        return any(m.host == address and m.node_id != node_id for m in (*value.masters, *holders))
 
     def _named(self, value: Value, node_id: str, request: Enrol) -> Member:
         for master in value.masters:

@@ -90,7 +90,7 @@ class PersistDone:
 
 @dataclass(frozen=True, slots=True)
 class PersistFailed:
-    """That `Persist` did not reach the disk."""
+    """That `Persist` did not reach the disk; 0 stands for a key or a CA that could not be made."""
 
     sequence: int
     reason: str

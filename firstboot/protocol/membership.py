@@ -76,10 +76,11 @@ class Membership(Voter):
             return
         peer = self.peers.get(sender)
         seen_at = peer.seen_at if peer is not None else {self.me.endpoint.host}
+        present = {p.node_id for p in self.present_peers()} | {self.me.node_id}
         answer = (
             "admission is closed"
             if self.stored.closed
-            else self.roster.decide(self.config, value, sender, message, seen_at)
+            else self.roster.decide(self.config, value, sender, message, seen_at, present)
         )
         if isinstance(answer, Member):
             rows = self.payload.for_role(value.role_of(sender))

@@ -25,6 +25,7 @@ from firstboot.protocol.plan import Payload, Step
 
 ANNOUNCE_EVERY = (1.0, 1.0, 2.0, 3.0, 5.0)  # seconds; zeroconf alone gives up after about 14 s
 HEARTBEAT = 5.0
+DISK_RETRY = 1.0
 MAX_STRANGERS = 16
 NEVER = float("inf")
 
@@ -80,7 +81,7 @@ class Situation:
         self._actions: list[events.Action] = []
         self._sequence = 0
         self._waiting: list[tuple[int, Callable[[], None]]] = []
-        self._persist_again = NEVER
+        self._persist_again = self._deed_again = NEVER
         self._announced = 0
         self._announce_at = now
         self._hello_at = now + HEARTBEAT
@@ -214,7 +215,10 @@ class Situation:
 
     def _on_persist_failed(self, event: events.PersistFailed) -> None:
         self.disk_error = event.reason
-        self._persist_again = self.now + 1.0
+        if event.sequence:
+            self._persist_again = self.now + DISK_RETRY
+        else:  # a key or a CA, not the state
+            self._deed_again = self.now + DISK_RETRY
 
     def _announce(self) -> None:
         if not self.open:

@@ -156,7 +156,7 @@ def sentence(core: Assembly) -> tuple[str, str]:
         case Stage.DECIDING:
             if core.active_seen:
                 return "The cluster is already active; looking for its master.", ""
-            return f"{_present(core)}; electing a master.", ""
+            return _deciding(core)
         case Stage.ENROLLING:
             return _enrolling(core)
         case Stage.SIGNING:
@@ -191,6 +191,17 @@ def _discovering(core: Assembly) -> tuple[str, str]:
         " answers no more."
     )
     return text + ".", hint
+
+
+def _deciding(core: Assembly) -> tuple[str, str]:
+    hellos = [p.hello for p in core.present_peers() if p.hello is not None]
+    able = sum(h.eligible for h in hellos) + core.me.eligible
+    missing = core.config.masters - able
+    if missing > 0:
+        text = f"{_present(core)}, but {able} of {core.config.masters} masters can be named"
+        hint = "Boot the missing hosts, or launch all anew with fewer masters or election.never."
+        return f"{text}; waiting for {missing} more.", hint
+    return f"{_present(core)}; electing a master.", ""
 
 
 def _enrolling(core: Assembly) -> tuple[str, str]:
@@ -293,7 +304,7 @@ def _about_peers(core: Assembly) -> list[Problem]:
     if value is None or core.stage is Stage.FAILED:
         return found
     silent = core.now - core.master_heard
-    if core.may_start and not core.founder and not core.noted and silent > MASTER_SILENT:
+    if value.active and not core.founder and not core.noted and silent > MASTER_SILENT:
         text = (
             f"The master {value.founder.name} at {value.founder.host} is silent for {silent:.0f} s."
         )

@@ -31,6 +31,7 @@ class Voter(Situation):
         self._failed_rounds = 0
         self._seen_number = 0
         self._authority_asked = 0
+        self._swept = start.stored.decided is None  # else what was decided is on disk
 
     def _on_prepare(self, sender: str, message: messages.Prepare) -> None:
         ballot = message.ballot
@@ -84,7 +85,8 @@ class Voter(Situation):
         elif self.decided is None and self.can_since is not None:
             times.append(self._propose_at())
         elif self.decided is not None and not self.decided.active:
-            times.append(self._yield_until + self._backoff if self.founder else self._replace_at())
+            times += [self.master_heard + MASTER_SILENT, self._replace_at()]
+            times.append(self._yield_until + self._backoff)
         return times
 
     def _decide(self) -> None:
@@ -211,6 +213,11 @@ class Voter(Situation):
 
     def _on_authority(self, event: events.AuthorityMade) -> None:
         self._authority_asked = 0
+        value = self.decided
+        if value is not None and not self.founder and event.epoch <= self._stale_until(value):
+            # Made for a round that another host has won meanwhile.
+            self._store(lambda: self._actions.append(events.DropAuthority(event.epoch)))
+            return
 
         def on_disk() -> None:
             if self.round is not None:
@@ -261,16 +268,23 @@ class Voter(Situation):
         if old is None or old.fingerprint != value.fingerprint:
             self.master_heard = self.now
             self._forget_enrolment()
-            if self._owns_stale_authority(value):
-                stale = self.stored.authority_epoch
-                self.journal = {k: i for k, i in self.journal.items() if k[0] > stale}
-                self._actions.append(events.DropAuthority(stale))
-                changes |= {"authority_epoch": 0, "authority_fingerprint": ""}
-            self.roster = self._roster(value.epoch)
+        stale = self._stale_until(value)
+        self.journal = {k: i for k, i in self.journal.items() if k[0] > stale}
+        self.roster = self._roster(value.epoch)
+        if 0 < self.stored.authority_epoch <= stale:
+            changes |= {"authority_epoch": 0, "authority_fingerprint": ""}
         self.round = None
-        if value.active and value.founder.node_id == self.me.node_id:
-            changes["activated"] = True
-        self._store(self._activated if "activated" in changes else None, **changes)
+        acts = value.active and value.founder.node_id == self.me.node_id
+        changes["activated"] = self.stored.activated or acts
+
+        def on_disk() -> None:
+            # Not before: a host that forgot the decision would make that CA a second time.
+            if stale:
+                self._actions.append(events.DropAuthority(stale))
+            if acts:
+                self._activated()
+
+        self._store(on_disk, **changes)
         self._greet_everyone()
 
     def _forget_enrolment(self) -> None:
@@ -280,21 +294,35 @@ class Voter(Situation):
         """ACTIVE is on this host's disk: from here on it may act on it."""
         self.may_start = True
 
-    def _owns_stale_authority(self, value: Value) -> bool:
-        return (
-            0 < self.stored.authority_epoch <= value.epoch
-            and self.stored.authority_fingerprint != value.fingerprint
-        )
+    def _sweep(self) -> None:
+        """Once after a start: a CA that a crash left unrecorded is destroyed as well."""
+        if self._swept:
+            return
+        self._swept = True
+        stale = self._stale_until(self.decided) if self.decided is not None else 0
+        if stale:
+            self._actions.append(events.DropAuthority(stale))
+
+    def _stale_until(self, value: Value) -> int:
+        """The epoch up to which any cluster CA of this host's is void, once `value` is chosen."""
+        if value.founder.node_id == self.me.node_id:
+            return value.epoch - 1
+        return max(value.epoch, self.stored.authority_epoch) if value.active else value.epoch
 
     def _activate_when_enrolled(self, value: Value) -> None:
-        issued = self.roster.issued
-        masters_in = all(m.node_id in issued for m in value.masters)
-        enough = len(issued) >= (self.config.expect if self.in_grace else self.quorum)
-        if self.config.strict:
-            enough = len(issued) >= self.config.expect
-        if not (self.enrolled and enough) or self.now < self._yield_until + self._backoff:
+        if not self.enrolled or self.now < self._yield_until + self._backoff:
             return
-        if masters_in:
+        issued = self.roster.issued
+        if not all(m.node_id in issued for m in value.masters):
+            # Those it named had their time to enrol: `master_heard` is when the value was chosen.
+            late = not self.in_grace and self.now >= self.master_heard + MASTER_SILENT
+            if late and self._masters():
+                self._start_round(Purpose.REPLACE, value)
+        elif value.founder.host != self.me.endpoint.host:
+            self._start_round(Purpose.REPLACE, value)  # nodes must learn its new address
+        elif len(issued) >= self._wanted_members():
             self._start_round(Purpose.ACTIVATE, value)
-        elif not self.in_grace:
-            self._start_round(Purpose.REPLACE, value)  # name other masters beside this host
+
+    def _wanted_members(self) -> int:
+        whole = self.in_grace or self.config.strict
+        return self.config.expect if whole else self.quorum
