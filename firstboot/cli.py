@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,20 +25,32 @@ EXIT_CODES = """exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; a mistake ends here, in one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # no locale, no file's name stops a page
     try:
         options = _parser().parse_args(arguments)
         verb: Callable[[argparse.Namespace], int] = options.verb
-        return verb(options)
+        code = verb(options)
+        sys.stdout.flush()  # here, where a reader that left is no error of ours
+        return code
     except UserError as error:
-        print(f"firstboot: {error}", file=sys.stderr)
+        _complain(error)
         return error.code
     except FirstbootError as error:
-        print(f"firstboot: {error}", file=sys.stderr)
+        _complain(error)
         return FAILED
     except BrokenPipeError:
+        # What is still buffered has nowhere to go, and Python would say so at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
         return FAILED
     except KeyboardInterrupt:
         return 130
+
+
+def _complain(error: FirstbootError) -> None:
+    """One line, whatever a file's name or a peer's text put into it."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+    print(f"firstboot: {text}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -137,10 +151,12 @@ def _replay(options: argparse.Namespace) -> int:
     from firstboot import replay
 
     try:
-        with Path(options.file).open() as lines:
-            for line in replay.replay(lines):
-                print(line)
+        # What is not UTF-8 is not ours either: the line it is in will be named.
+        with Path(options.file).open(encoding="utf-8", errors="replace") as file:
+            lines = file.readlines()
     except OSError as error:
         reason = error.strerror or "cannot be read"
         raise UserError(reason, where=options.file, code=USAGE) from None
+    for line in replay.replay(lines):
+        print(line)
     return OK

@@ -10,12 +10,13 @@ from firstboot import host, units, userdata
 from firstboot.protocol.errors import FirstbootError
 
 ENDED = ("failed", "unconfigured")
+NEEDED = {"stage", "state", "sentence", "problems"}  # what every status has, of any version
 
 
 def current(root: Path) -> dict[str, Any]:
     """The newest status this host has, with the state its units have right now."""
     shown = host.read_status(root)
-    if shown is None:
+    if shown is None or not shown.keys() >= NEEDED:
         return _never_ran(root)
     if root == Path("/") and shown.get("units"):
         shown["unit_states"] = _unit_states(shown["units"])
