@@ -70,7 +70,8 @@ def run_seeds(seeds: Iterable[int]) -> Report:
         report.events += world.events
         report.checks += world.witness.checks
         report.faults.update(world.counts)
-        report.longest = max(report.longest, world.now - world.faults.until)
+        if world.ended:
+            report.longest = max(report.longest, world.now - world.peaceful)
     return report
 
 
@@ -99,8 +100,7 @@ def narrated(seed: int) -> Iterator[str]:
         world = World(seed, hosts=SIZES[seed % len(SIZES)])
         world.trace = lines.append
         world.schedule()
-        bound = world.faults.until + world.config.grace + 120.0
-        world.run(bound, world.all_running)
+        world.run(world.bound, world.all_running)
         lines.append(world.picture())
     except AssertionError as error:
         lines.append(f"VIOLATION {error}")

@@ -29,8 +29,10 @@ def test_no_seed_splits_or_gets_stuck() -> None:
     print(report.text())
     assert report.seeds == SEEDS
     assert report.failures == []
-    for fault in ("crash", "lost", "partition", "disk error", "pause", "multicast dead"):
+    for fault in ("crash", "lost", "partition", "disk error", "pause", "multicast dead", "wipe"):
         assert report.faults[fault] > 50, f"hardly any {fault}: the campaign is too kind"
+    for fault in ("absent", "clone", "lost state", "moved", "refused", "step failed"):
+        assert report.faults[fault] > 10, f"hardly any {fault}: the campaign is too kind"
 
 
 def test_a_kind_network_forms_in_a_fraction_of_a_second() -> None:

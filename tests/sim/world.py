@@ -7,16 +7,13 @@ happen (`tests/sim/invariants.py`), so that a violation stops at the event that 
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from firstboot.protocol import events, messages
 from firstboot.protocol.assembly import Assembly
-from firstboot.protocol.events import Action, Event
 from firstboot.protocol.model import (
     Channel,
     ClusterConfig,
@@ -24,12 +21,14 @@ from firstboot.protocol.model import (
     Issued,
     Profile,
     Self,
-    Stage,
     Stored,
 )
 from firstboot.protocol.plan import Payload, RolePlan, StartUnit
 from firstboot.protocol.situation import Start
+from tests.sim.faults import Faults, drawn_config
 from tests.sim.invariants import Witness
+from tests.sim.machine import Disk, Host, digest
+from tests.sim.outcome import all_settled, left_behind
 
 PAYLOAD = Payload(
     "sim",
@@ -37,261 +36,6 @@ PAYLOAD = Payload(
     node=RolePlan((Profile.CLIENT,), (StartUnit("node.service"),)),
 )
 DEAD_AFTER = 15.0  # TCP notices a silent peer (TCP_USER_TIMEOUT)
-
-
-def digest(*parts: object) -> str:
-    """A SHA-256 in hex: random-looking, and the same for the same parts."""
-    return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()
-
-
-@dataclass
-class Faults:
-    """How hostile one run is; every number is drawn from the seed."""
-
-    skew: float = 0.0  # seconds between the first and the last boot
-    loss: float = 0.0
-    duplicate: float = 0.0
-    delay: float = 0.002  # mean one-way delay, seconds
-    multicast_loss: float = 0.0
-    multicast_dead_until: float = 0.0
-    crash_boundary: float = 0.0  # probability of a crash just before or after an action
-    crashes: int = 0  # at random moments
-    partitions: int = 0
-    disk_errors: float = 0.0
-    wipes: int = 0
-    pauses: int = 0
-    until: float = 60.0  # when all of it ends
-
-    @classmethod
-    def drawn(cls, rng: random.Random) -> Faults:
-        """Swarm style: each kind of fault is on in about half of the runs, at its own strength."""
-
-        def some(top: float) -> float:
-            return rng.random() * top if rng.random() < 0.5 else 0.0
-
-        return cls(
-            skew=some(20.0),
-            loss=some(0.4),
-            duplicate=some(0.3),
-            delay=rng.choice((0.0005, 0.002, 0.02, 0.2)),
-            multicast_loss=some(0.9),
-            multicast_dead_until=some(25.0),
-            crash_boundary=some(0.03),
-            crashes=int(some(6)),
-            partitions=int(some(5)),
-            disk_errors=some(0.2),
-            pauses=int(some(3)),
-        )
-
-
-@dataclass
-class Disk:
-    """What survives a crash."""
-
-    stored: Stored = field(default_factory=Stored)
-    issued: dict[tuple[int, str], tuple[Issued, bytes]] = field(default_factory=dict)
-    authorities: dict[int, str] = field(default_factory=dict)
-    certificates: str = ""  # the fingerprint of the CA they chain to
-    key: str = ""
-
-
-class Host:
-    """One simulated machine: a disk, and a process while it is up."""
-
-    def __init__(self, world: World, index: int) -> None:
-        self.world, self.index = world, index
-        self.endpoint = Endpoint(f"10.0.{index // 200}.{index % 200 + 10}", 7443)
-        self.identity = 0
-        self.boots = 0
-        self.disk = Disk()
-        self.core: Assembly | None = None
-        self.gone = False  # left after its work was done
-        self.paused_until = 0.0
-        self.identity_of: Host | None = None  # the host this disk was copied from
-        self.disk_busy_until = 0.0
-        self.channels: dict[tuple[str, Channel], tuple[int, Host]] = {}
-        self.alarm = float("inf")
-
-    @property
-    def node_id(self) -> str:
-        """Derived from the identity key; a wiped disk has another."""
-        of = self.identity_of or self
-        return digest("id", self.world.seed, of.index, of.identity)[:32]
-
-    def boot(self) -> None:
-        """Start the process from what is on disk."""
-        if self.core is not None or self.gone:
-            return
-        self.boots += 1
-        self.channels = {}
-        me = Self(
-            node_id=self.node_id,
-            boot=f"{self.index}-{self.boots}",
-            name="host",  # all alike, as images are
-            endpoint=self.endpoint,
-        )
-        issued = [entry for entry, _ in self.disk.issued.values()]
-        self.core = self.world.make_core(me, self.disk.stored, issued)
-        self.feed(events.DeadlineReached())
-
-    def crash(self) -> None:
-        """Power cut: the process and everything not synced are gone."""
-        if self.core is None:
-            return
-        self.core = None
-        self.world.count("crash")
-        for node_id, channel in list(self.channels):
-            self.world.cut(self, node_id, channel, notice=self.world.rng.choice((0.01, 15.0)))
-        self.channels = {}
-
-    def wipe(self) -> None:
-        """The disk is re-created: a new identity without memory."""
-        self.crash()
-        self.disk = Disk()
-        self.identity += 1
-        self.world.by_id[self.node_id] = self
-        self.world.witness.voters.add(self.node_id)
-
-    def later(self, delay: float, event: Event) -> None:
-        """Deliver an event to this incarnation only: a crash loses what was under way."""
-        boot = self.boots
-        self.world.after(delay, lambda: self.feed(event) if self.boots == boot else None)
-
-    def feed(self, event: Event) -> None:
-        """Give the core an event, carry out its actions, arm its alarm."""
-        world = self.world
-        if self.core is None:
-            return
-        if world.now < self.paused_until:
-            self.later(self.paused_until - world.now + 1e-6, event)
-            return
-        core = self.core
-        world.events += 1
-        if world.trace is not None:
-            world.trace(f"{world.now:10.4f} {self.index} {event}")
-        for action in core.receive(event, world.now):
-            if world.trace is not None:
-                world.trace(f"{'':10} {self.index}   -> {action}")
-            if world.crash_now():
-                self.crash()
-            if self.core is not core:
-                return
-            self.carry_out(action)
-        world.witness.look(self)
-        self.arm()
-
-    def arm(self) -> None:
-        """Set the alarm to the core's deadline."""
-        if self.core is None or self.core.deadline == self.alarm:
-            return
-        self.alarm = self.core.deadline
-        if self.alarm < float("inf"):
-            boot, alarm = self.boots, self.alarm
-            self.world.at(alarm, lambda: self.ring(boot, alarm))
-
-    def ring(self, boot: int, alarm: float) -> None:
-        """The alarm rings, unless it was set anew since."""
-        if self.boots == boot and self.alarm == alarm:
-            self.alarm = float("inf")
-            self.feed(events.DeadlineReached())
-
-    # ------------------------------------------------------------ actions
-
-    def carry_out(self, action: Action) -> None:
-        """What the adapters do on a real host."""
-        world = self.world
-        match action:
-            case events.Send():
-                world.send(self, action)
-            case events.Persist():
-                self._persist(action)
-            case events.Connect():
-                world.connect(self, action)
-            case events.Announce():
-                world.announce(self)
-            case events.Disconnect():
-                for channel in Channel:
-                    if (action.node_id, channel) in self.channels:
-                        world.cut(self, action.node_id, channel, notice=0.01)
-            case events.MakeAuthority():
-                boot = self.boots
-                world.after(world.fsync(), lambda: self._authority(boot, action.epoch))
-            case events.DropAuthority():
-                for epoch in [e for e in self.disk.authorities if e <= action.epoch]:
-                    del self.disk.authorities[epoch]
-                for where in [w for w in self.disk.issued if w[0] <= action.epoch]:
-                    del self.disk.issued[where]
-            case events.MakeRequest():
-                self.disk.key = self.disk.key or digest("key", self.node_id)
-                self.later(world.fsync(), events.RequestMade(b"csr", self.disk.key))
-            case events.Sign():
-                boot = self.boots
-                world.after(world.fsync(), lambda: self._sign(boot, action))
-            case events.StoreCertificates():
-                boot = self.boots
-                world.after(world.fsync(), lambda: self._store_certificates(boot, action))
-            case events.RunStep():
-                world.witness.unit_started(self)
-                self.later(0.1, events.StepDone(action.index))
-            case events.Finish():
-                self.gone = True
-                self.crash()
-            case events.Close():
-                for node_id, channel in list(self.channels):
-                    if channel is Channel.BOOTSTRAP:
-                        world.cut(self, node_id, channel, notice=0.01)
-
-    def _persist(self, action: events.Persist) -> None:
-        boot, world = self.boots, self.world
-
-        def done() -> None:
-            if self.boots != boot or self.core is None:
-                return
-            if world.hostile and world.rng.random() < world.faults.disk_errors:
-                world.count("disk error")
-                self.feed(events.PersistFailed(action.sequence, "no space left on device"))
-                return
-            world.witness.persisted(self, self.disk.stored, action.state)
-            self.disk.stored = action.state
-            self.feed(events.PersistDone(action.sequence))
-
-        # One writer per host: what was asked first reaches the disk first.
-        self.disk_busy_until = max(self.disk_busy_until, world.now) + world.fsync()
-        world.at(self.disk_busy_until, done)
-
-    def _authority(self, boot: int, epoch: int) -> None:
-        if self.boots != boot or self.core is None:
-            return
-        if epoch not in self.disk.authorities:
-            fingerprint = digest("ca", self.node_id, epoch, self.world.rng.random())
-            self.disk.authorities[epoch] = fingerprint
-        self.feed(events.AuthorityMade(epoch, self.disk.authorities[epoch]))
-
-    def _sign(self, boot: int, action: events.Sign) -> None:
-        if self.boots != boot or self.core is None:
-            return
-        fingerprint = self.disk.authorities.get(action.epoch)
-        if fingerprint is None:
-            reason = "no CA of that epoch"
-            self.feed(events.SignFailed(action.member.node_id, action.epoch, reason))
-            return
-        where = (action.epoch, action.member.node_id)
-        if where not in self.disk.issued:
-            entry = Issued(action.member, action.epoch, action.key)
-            self.disk.issued[where] = (entry, fingerprint.encode())
-        entry, authority = self.disk.issued[where]
-        self.world.witness.signed(self, entry)
-        self.feed(events.Signed(entry.member, entry.epoch, entry.key, (), authority))
-
-    def _store_certificates(self, boot: int, action: events.StoreCertificates) -> None:
-        if self.boots != boot or self.core is None:
-            return
-        if action.authority.decode() != action.fingerprint:
-            reason = "the CA is not the decided one"
-            self.feed(events.CertificatesRejected(action.epoch, reason))
-            return
-        self.disk.certificates = action.fingerprint
-        self.feed(events.CertificatesStored(action.epoch))
 
 
 class World:
@@ -307,10 +51,14 @@ class World:
     ) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
-        self.config = config or ClusterConfig("demo", hosts, grace=30.0, agreed="x")
+        if config is None:
+            plain = ClusterConfig("demo", hosts, grace=30.0, agreed="x")
+            config = drawn_config(self.rng, hosts) if faults is None else plain
+        self.config = config
         self.faults = faults or Faults.drawn(self.rng)
         self.core = core
         self.now = 0.0
+        self.ended = False  # all that can run did, before the bound
         self.events = 0
         self.counts: dict[str, int] = {}
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
@@ -318,10 +66,11 @@ class World:
         self.trace: Callable[[str], object] | None = None
         self.blocked: set[tuple[int, int]] = set()
         self.witness = Witness(self.config)
-        self.hosts = [Host(self, i) for i in range(hosts)]
+        extra = self.faults.surplus + self.faults.clones
+        self.hosts = [Host(self, i) for i in range(hosts + extra)]
         self.by_id = {h.node_id: h for h in self.hosts}
-        self.witness.voters |= set(self.by_id)
         self.by_endpoint = {h.endpoint: h for h in self.hosts}
+        self.foreign = [Endpoint(f"10.9.0.{i + 1}", 7443) for i in range(self.faults.foreign)]
 
     # ------------------------------------------------------------ clock
 
@@ -347,6 +96,13 @@ class World:
                 return True
         self.now = max(self.now, until)
         return done is not None and done()
+
+    def chance(self, fault: str, probability: float) -> bool:
+        """Whether this fault happens now, with that probability while faults happen at all."""
+        if probability and self.hostile and self.rng.random() < probability:
+            self.count(fault)
+            return True
+        return False
 
     def count(self, fault: str) -> None:
         """One more injected fault of that kind."""
@@ -410,6 +166,8 @@ class World:
         def fail(reason: str, delay: float) -> None:
             source.later(delay, events.ConnectFailed(action.endpoint, action.channel, reason))
 
+        if action.endpoint in self.foreign:
+            return fail("token", 0.01)
         if target is None:
             return fail("timeout", 5.0)
         if self.lost(source, target) or self.lost(target, source):
@@ -438,6 +196,9 @@ class World:
             return bool(
                 target.disk.certificates and target.disk.certificates == source.disk.certificates
             )
+        if self.now < target.refuses_until:
+            self.count("refused")
+            return False
         return not target.core.stored.closed
 
     def _establish(self, source: Host, target: Host, action: events.Connect) -> None:
@@ -466,7 +227,13 @@ class World:
         self.after(notice, noticed)
 
     def announce(self, host: Host) -> None:
-        """Multicast: everybody hears where `host` is, and answers its query."""
+        """Multicast: everybody hears where `host` is, and answers its query; or a static list."""
+        for endpoint in self.foreign:
+            host.later(self.delay(), events.PeerFound(endpoint, "static"))
+        if self.faults.static:
+            for other in self.hosts:
+                host.later(0.0, events.PeerFound(other.endpoint, "static"))
+            return
         if self.now < self.faults.multicast_dead_until:
             self.count("multicast dead")
             return
@@ -484,27 +251,63 @@ class World:
         """Whether this very boundary between two actions is where the power fails."""
         return self.hostile and self.rng.random() < self.faults.crash_boundary
 
+    def perhaps_move(self, host: Host) -> None:
+        """DHCP gives another address, or a dead host's, to who has not been named anywhere yet."""
+        values = [h.disk.stored.decided or h.disk.stored.register.value for h in self.hosts]
+        named = {m.node_id for v in values if v is not None for m in v.masters}
+        if host.disk.stored.decided or host.disk.lost or host.node_id in named:
+            return
+        if not self.chance("moved", self.faults.moves):
+            return
+        free = [h for h in self.hosts if h.core is None and h is not host and not h.gone]
+        free = [h for h in free if h.disk.stored.decided is None and h.node_id not in named]
+        if free and self.rng.random() < 0.5:
+            other = self.rng.choice(free)
+            host.endpoint, other.endpoint = other.endpoint, host.endpoint
+            self.by_endpoint[other.endpoint] = other
+        else:
+            del self.by_endpoint[host.endpoint]
+            host.endpoint = Endpoint(f"10.1.{host.index}.{host.boots % 250 + 1}", 7443)
+        self.by_endpoint[host.endpoint] = host
+
     def schedule(self) -> None:
         """Lay out boots, crashes, partitions, wipes and pauses over the hostile time."""
         faults, rng = self.faults, self.rng
-        for host in self.hosts:
-            self.at(rng.random() * faults.skew, host.boot)
+        originals = self.hosts[: len(self.hosts) - faults.clones]
+        for host in originals:
+            host.born = rng.random() * faults.skew
+            self.at(host.born, host.boot)
+        for host in rng.sample(originals, min(faults.absent, len(originals) - 1)):
+            self.count("absent")
+            host.absent = True
+        for clone in self.hosts[len(originals) :]:
+            clone.absent = True
+            original = rng.choice(originals)
+            self.at(rng.random() * 30, lambda c=clone, o=original: c.copy_disk_of(o))  # type: ignore[misc]
+        if faults.refused_until:
+            rng.choice(self.hosts).refuses_until = faults.refused_until
+        self._schedule_deaths()
+        for _ in range(faults.partitions):
+            start = rng.random() * faults.until
+            links = self._drawn_partition()
+            self.at(start, lambda links=links: self.partition(links))  # type: ignore[misc]
+            self.at(start + rng.random() * 40, lambda links=links: self.heal(links))  # type: ignore[misc]
+        for _ in range(faults.pauses):
+            host, length = rng.choice(self.hosts), rng.random() * 40
+            self.at(rng.random() * faults.until, lambda h=host, n=length: self._pause(h, n))  # type: ignore[misc]
+        self.at(faults.until, self._peace)
+
+    def _schedule_deaths(self) -> None:
+        faults, rng = self.faults, self.rng
         for _ in range(faults.crashes):
             self.at(rng.random() * faults.until, rng.choice(self.hosts).crash)
         for _ in range(faults.wipes):
             self.at(rng.random() * faults.until, rng.choice(self.hosts).wipe)
-        for _ in range(faults.partitions):
-            start = rng.random() * faults.until
-            links = self._drawn_partition()
-            self.at(start, lambda links=links: self._partition(links))  # type: ignore[misc]
-            self.at(start + rng.random() * 40, lambda links=links: self._heal(links))  # type: ignore[misc]
-        for _ in range(faults.pauses):
-            host, length = rng.choice(self.hosts), rng.random() * 40
-            self.at(rng.random() * faults.until, lambda h=host, n=length: self._pause(h, n))  # type: ignore[misc]
+        for _ in range(faults.lost_states):
+            self.at(rng.random() * faults.until, rng.choice(self.hosts).lose_state)
         for when in itertools.takewhile(lambda t: t < faults.until, itertools.count(1.0, 3.0)):
             for host in self.hosts:  # systemd restarts what died, after a while
                 self.at(when + rng.random() * 3, host.boot)
-        self.at(faults.until, self._peace)
 
     def _drawn_partition(self) -> set[tuple[int, int]]:
         """Halves, one host alone, one-way, or single links, as the seed has it."""
@@ -518,7 +321,8 @@ class World:
             return {(a, b) for a, b in every if a in side}  # one way only
         return {link for link in every if self.rng.random() < 0.3}
 
-    def _partition(self, links: set[tuple[int, int]]) -> None:
+    def partition(self, links: set[tuple[int, int]]) -> None:
+        """From now on these links (source, target) carry nothing."""
         self.count("partition")
         self.blocked |= links
         for a, b in sorted(links):
@@ -534,7 +338,8 @@ class World:
                         ),
                     )
 
-    def _heal(self, links: set[tuple[int, int]]) -> None:
+    def heal(self, links: set[tuple[int, int]]) -> None:
+        """They carry again."""
         self.blocked -= links
 
     def _pause(self, host: Host, length: float) -> None:
@@ -546,20 +351,28 @@ class World:
         self.faults.crash_boundary = self.faults.loss = self.faults.multicast_loss = 0.0
         self.faults.multicast_dead_until = 0.0
         for host in self.hosts:
-            host.paused_until = self.now
+            host.paused_until = host.refuses_until = self.now
             host.boot()
 
     # ------------------------------------------------------------ outcome
 
+    @property
+    def peaceful(self) -> float:
+        """When the faults are over and the last host was switched on, virtual seconds."""
+        return max(self.faults.until, self.faults.skew)
+
+    @property
+    def bound(self) -> float:
+        """When all that can form must have formed, virtual seconds."""
+        return self.peaceful + self.config.grace + 150.0
+
     def all_running(self) -> bool:
         """Whether every host runs its role (or did, and left)."""
-        return all(
-            h.gone or (h.core is not None and h.core.stage is Stage.RUNNING) for h in self.hosts
-        )
+        return all_settled(self)
 
     def picture(self) -> str:
         """Where every host stands, for a failing seed."""
-        lines = []
+        lines = [f"{self.config}", f"{self.faults}"]
         for host in self.hosts:
             core = host.core
             stage = "gone" if host.gone else core.stage if core else "down"
@@ -578,11 +391,13 @@ def simulate(seed: int, core: type[Assembly] = Assembly, **options: object) -> W
     """One whole run: hostile time, then peace until every host runs; raises on a violation."""
     world = World(seed, core=core, **options)  # type: ignore[arg-type]
     world.schedule()
-    bound = world.faults.until + world.config.grace + 120.0
-    ended = world.run(bound, world.all_running)
+    ended = world.ended = world.run(world.bound, world.all_running)
+    if len(world.witness.active) > 1:
+        world.run(max(world.now, world.faults.until) + 30.0)  # time to meet, and to say so
     world.witness.finish(world)
-    assert ended, f"seed {seed}: not all running after {bound} s\n{world.picture()}"
+    stuck = [] if ended else left_behind(world)
+    assert not stuck, f"seed {seed}, after {world.now} s: {stuck}\n{world.picture()}"
     return world
 
 
-__all__ = ["PAYLOAD", "Faults", "World", "messages", "simulate"]
+__all__ = ["PAYLOAD", "Disk", "Faults", "Host", "World", "digest", "messages", "simulate"]
