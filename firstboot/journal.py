@@ -34,15 +34,15 @@ class Journal:
     def say(
         self, text: str, *, kind: str = "note", priority: int = NOTICE, **fields: object
     ) -> None:
-        """One line; `fields` become FIRSTBOOT_* fields of the journal entry."""
+        """One entry, mostly of one line; `fields` become FIRSTBOOT_* fields of the journal's."""
         if not self._systemd:
-            print(f"{PREFIX}{text}", file=self._stream, flush=True)
+            print("\n".join(_lines(text)), file=self._stream, flush=True)
             return
         from systemd import journal
 
         named = {f"FIRSTBOOT_{key.upper()}": str(item) for key, item in fields.items()}
         journal.send(
-            text,
+            text.encode(errors="backslashreplace").decode(),
             MESSAGE_ID=MESSAGE_IDS[kind],
             PRIORITY=priority,
             SYSLOG_IDENTIFIER=IDENTIFIER,
@@ -77,6 +77,12 @@ def console(text: str) -> None:
         flags = os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
         number = os.open("/dev/console", flags)
         try:
-            os.write(number, f"{PREFIX}{text}\r\n".encode())
+            os.write(number, "".join(f"{line}\r\n" for line in _lines(text)).encode())
         finally:
             os.close(number)
+
+
+def _lines(text: str) -> list[str]:
+    """Each line with the speaker's name before it; what is no Unicode is shown escaped."""
+    sound = text.encode(errors="backslashreplace").decode()
+    return [f"{PREFIX}{line}" for line in sound.splitlines() if line]

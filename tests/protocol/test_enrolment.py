@@ -184,3 +184,38 @@ def test_no_two_members_share_a_name(wanted: list[str], master_first: bool) -> N
     names = [entry.member.name for entry in roster.issued.values()]
     assert len(set(names)) == len(names), names
     assert all(LABEL.match(name) for name in names)
+
+
+# ---------------------------------------------------------------- hosts that move or come again
+
+
+def test_an_address_is_free_again_once_its_member_is_gone() -> None:
+    roster = Roster()
+    admit(roster, node(1), ask())
+    request, seen = ask(key=OTHER_KEY), ("10.0.0.9",)
+    held = roster.decide(CONFIG, ONE, node(2), request, seen, present={node(1), node(2)})
+    assert held == "address 10.0.0.9 belongs to another member"
+    free = roster.decide(CONFIG, ONE, node(2), request, seen, present={node(2)})
+    assert isinstance(free, Member) and free.node_id == node(2)
+
+
+def test_a_masters_address_is_held_also_while_it_is_away() -> None:
+    request = ask(host=SECOND.host)
+    answer = Roster().decide(CONFIG, THREE, node(1), request, (SECOND.host,), present={node(1)})
+    assert answer == f"address {SECOND.host} belongs to another member"
+
+
+def test_a_member_of_an_active_cluster_does_not_move() -> None:
+    roster, active = Roster(), replace(ONE, active=True, members=1)
+    admit(roster, node(1), ask(), active)
+    answer = decide(roster, node(1), ask(host="10.0.0.77"), value=active)
+    assert answer == "this host was enrolled with another address, 10.0.0.9"
+
+
+def test_places_are_kept_for_masters_that_have_not_come_yet() -> None:
+    roster = Roster()
+    for number in (1, 2, 3):
+        answer = decide(roster, node(number), ask(host=f"10.0.1.{number}"), value=THREE)
+        assert answer == "all expected hosts are enrolled; to admit more, set join.extra"
+    for master in THREE.masters:
+        assert admit(roster, master.node_id, ask("any", master.host), THREE) == master

@@ -359,8 +359,15 @@ def test_config_mismatch_while_the_peer_is_there() -> None:
 
 def test_master_lost() -> None:
     core = make(stored=activated(VALUE, OWN))
-    assert "31 s" in problem(core, "MASTER_LOST", 131.0)["text"]
-    assert not tick(make(stored=activated(VALUE, OWN)), 129.0)["problems"]
+    assert not tick(core, 129.0)["problems"]
+    assert "m-1 at 10.0.0.2" in problem(core, "MASTER_LOST", 131.0)["text"]
+
+
+def test_a_problem_that_lasts_says_the_same_all_the_time() -> None:
+    """The journal gets every text that is new: a count of seconds would fill it."""
+    core = make(stored=activated(VALUE, OWN))
+    texts = {problem(core, "MASTER_LOST", now)["text"] for now in (131.0, 136.0, 900.0)}
+    assert len(texts) == 1, texts
 
 
 def test_incomplete_blocks_as_long_as_something_can_be_done() -> None:
