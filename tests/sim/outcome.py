@@ -70,7 +70,7 @@ def left_behind(world: World) -> list[str]:
             wrong.append(f"{host.index} failed: {core.failure}")
         elif _out(world, host) or not world.witness.safe:
             continue
-        elif not world.witness.active and (
+        elif not any(h.gone or h.disk.stored.activated for h in world.hosts) and (
             len(voters) < max(_quorum_at_last(world, host), world.config.masters)
             or core.overlaunched
         ):
