@@ -121,12 +121,12 @@ class Assembly(Membership):
         fresh = peer.hello is None
         peer.hello = hello
         peer.mismatch = self._mismatch(hello)
-        if peer.mismatch:
-            return
         if hello.voter and peer.node_id not in self.voters:
             self.voters.add(peer.node_id)
             # Reaches the disk with the next vote: before that it matters to nobody.
             self.stored = replace(self.stored, voters=tuple(sorted(self.voters)))
+        if peer.mismatch:
+            return  # but its vote counts: it may be forming a cluster with others like itself
         self.book.found(hello.endpoint, "peer", self.now)
         for known in hello.peers:
             if known.node_id != self.me.node_id and known.node_id not in self.peers:
@@ -223,6 +223,8 @@ class Assembly(Membership):
         if self.now >= self._deed_again:
             self._deed_again = NEVER
             self._request_asked = self.request is not None
+            if self._dropped:
+                self._drop_authority(self._dropped)
         self._sweep()
         self._announce()
         self._dial()

@@ -204,9 +204,9 @@ class Membership(Voter):
     def _tell_unconfirmed(self) -> None:
         self._tell_at = self.now + RESEND
         for peer in self.peers.values():
-            if Channel.CLUSTER in peer.channels:
+            if Channel.CLUSTER in peer.channels and peer.node_id not in self.confirmed:
                 self._tell_active(peer.node_id)
 
     def _tell_active(self, node_id: str) -> None:
-        if self.decided is not None and node_id not in self.confirmed:
+        if self.decided is not None:
             self._send(node_id, messages.Activated(self.decided), Channel.CLUSTER)

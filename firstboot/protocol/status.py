@@ -177,6 +177,8 @@ def _present(core: Assembly) -> str:
 def _discovering(core: Assembly) -> tuple[str, str]:
     missing = core.quorum - core.present_voters()
     text = f"{_present(core)}; waiting for {missing} more"
+    if core.quorum > core.config.expect:
+        text += f", since {len(core.voters)} identities were seen and {core.quorum} must agree"
     known = [p for p in core.peers.values() if p.hello is not None and not p.mismatch]
     away = [label(p) for p in known if not p.present(core.now)]
     if away:
@@ -279,14 +281,16 @@ def _fatal(core: Assembly) -> list[Problem]:
 def _local(core: Assembly) -> list[Problem]:
     found = []
     if core.disk_error:
-        text = f"State cannot be written, so this host answers nobody: {core.disk_error}."
+        text = (
+            f"State cannot be written, so this host answers nobody: {core.disk_error.rstrip('.')}."
+        )
         found.append(Problem("DISK", text, "Free space under /var/lib/firstboot."))
     if core.denied:
         hint = "The master is asked again until it agrees."
-        found.append(Problem("DENIED", f"Enrolment was refused: {core.denied}.", hint))
+        found.append(Problem("DENIED", f"Enrolment was refused: {core.denied.rstrip('.')}.", hint))
     if core.step_error is not None:
         error = core.step_error
-        text = f"{error.reason} (it is tried again)."
+        text = f"{error.reason.rstrip('.')} (it is tried again)."
         found.append(Problem("STEP_FAILED", text, error.detail))
     return found
 
@@ -305,9 +309,7 @@ def _about_peers(core: Assembly) -> list[Problem]:
         return found
     silent = core.now - core.master_heard
     if value.active and not core.founder and not core.noted and silent > MASTER_SILENT:
-        text = (
-            f"The master {value.founder.name} at {value.founder.host} is silent for {silent:.0f} s."
-        )
+        text = f"The master {value.founder.name} at {value.founder.host} has fallen silent."
         found.append(Problem("MASTER_LOST", text, "No other is elected; bring it back."))
     if core.founder and value.active and len(core.roster.issued) < core.config.expect:
         missing = core.config.expect - len(core.roster.issued)

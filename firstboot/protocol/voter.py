@@ -31,6 +31,7 @@ class Voter(Situation):
         self._failed_rounds = 0
         self._seen_number = 0
         self._authority_asked = 0
+        self._dropped = 0  # the epoch up to which this host's CAs were to be destroyed
         self._swept = start.stored.decided is None  # else what was decided is on disk
 
     def _on_prepare(self, sender: str, message: messages.Prepare) -> None:
@@ -216,7 +217,7 @@ class Voter(Situation):
         value = self.decided
         if value is not None and not self.founder and event.epoch <= self._stale_until(value):
             # Made for a round that another host has won meanwhile.
-            self._store(lambda: self._actions.append(events.DropAuthority(event.epoch)))
+            self._store(lambda: self._drop_authority(event.epoch))
             return
 
         def on_disk() -> None:
@@ -280,7 +281,7 @@ class Voter(Situation):
         def on_disk() -> None:
             # Not before: a host that forgot the decision would make that CA a second time.
             if stale:
-                self._actions.append(events.DropAuthority(stale))
+                self._drop_authority(stale)
             if acts:
                 self._activated()
 
@@ -301,7 +302,11 @@ class Voter(Situation):
         self._swept = True
         stale = self._stale_until(self.decided) if self.decided is not None else 0
         if stale:
-            self._actions.append(events.DropAuthority(stale))
+            self._drop_authority(stale)
+
+    def _drop_authority(self, epoch: int) -> None:
+        self._dropped = max(self._dropped, epoch)  # asked again should the disk fail
+        self._actions.append(events.DropAuthority(self._dropped))
 
     def _stale_until(self, value: Value) -> int:
         """The epoch up to which any cluster CA of this host's is void, once `value` is chosen."""
