@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
-
-import pytest
 
 from firstboot.publisher import HISTORY, MAX_HISTORY, Recorder
 
@@ -45,24 +42,3 @@ def test_a_history_is_bounded(tmp_path: Path) -> None:
         recorder.flush()
     recorder.close()
     assert (tmp_path / HISTORY).stat().st_size < MAX_HISTORY + 1000
-
-
-def test_a_disk_that_breaks_between_two_lines_ends_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recorder = Recorder(tmp_path)
-    recorder.line("one")
-    recorder.flush()
-
-    class Broken:
-        def __getattr__(self, name: str) -> object:
-            def fail(*_: object) -> None:
-                raise OSError(errno.EIO, name)
-
-            return fail
-
-    monkeypatch.setattr(recorder, "_file", Broken())
-    recorder.line("two")
-    recorder.flush()
-    recorder.close()
-    assert (tmp_path / HISTORY).read_text() == "one\n"
