@@ -113,8 +113,8 @@ class Host:
 
     def lose_state(self) -> None:
         """The state file is torn: the identity and the CA files are still there."""
-        if not self.boots or self.gone or self.disk.stored.activated:
-            return  # a member that confirmed once is not told again
+        if not self.boots or self.gone:
+            return
         self.world.count("lost state")
         self.crash()
         self.disk.stored, self.disk.lost = Stored(), True
@@ -123,6 +123,7 @@ class Host:
         """Start from a copy of that host's disk, identity and all."""
         self.world.count("clone")
         self.disk, self.identity_of = deepcopy(other.disk), other
+        self.world.copied.add(self.node_id)
         self.born, self.absent = self.world.now, False
         self.boot()
 
@@ -280,7 +281,9 @@ class Host:
         self.feed(events.AuthorityMade(epoch, self.disk.authorities[epoch]))
 
     def _drop_authority(self, epoch: int) -> None:
-        # Never fails here: a failed one is not asked again.
+        if self._fails():
+            self.feed(events.PersistFailed(0, NO_SPACE))
+            return
         for old in [e for e in self.disk.authorities if e <= epoch]:
             del self.disk.authorities[old]
         for where in [w for w in self.disk.issued if w[0] <= epoch]:

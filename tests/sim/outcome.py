@@ -38,8 +38,8 @@ def _out(world: World, host: Host) -> bool:
     welcome = [f for f in alive if f.core is None or not (f.core.closed or f.core.failure)]
     if not welcome:
         return True  # CLOSE, or MASTER_LOST: it waits
-    if "belongs to another member" in core.denied:
-        return True  # re-created at its old address: its former self keeps it
+    if "belongs to another member" in core.denied or "with another address" in core.denied:
+        return True  # it was re-created or moved, and an address is a member's for good
     roster = [f.core.roster.issued for f in welcome if f.core is not None]
     return bool(roster) and all(
         full(world.config, len(r)) and host.node_id not in r for r in roster
@@ -56,7 +56,7 @@ def _quorum_at_last(world: World, host: Host) -> int:
 
 def left_behind(world: World) -> list[str]:
     """Why this run is not as it must be: one line for every host that should run and does not."""
-    copied = {h.identity_of.node_id for h in world.hosts if h.identity_of is not None}
+    copied = world.copied
     on = [h for h in world.hosts if h.core is not None and h.node_id not in copied]
     voters = [h for h in on if h.core is not None and h.core.me.voter]
     wrong = []

@@ -475,3 +475,14 @@ def test_bootstrap_is_refused_after_close() -> None:
     for host in world.hosts:
         assert host.disk.stored.closed
         assert not any(channel is Channel.BOOTSTRAP for _, channel in host.channels)
+
+
+@seeds
+def test_a19_mixed_expect_never_makes_two_clusters(seed: int) -> None:
+    world = started(seed, 5, on=(0, 1, 2), config=config_of(5))
+    world.run(0.1)
+    world.config = config_of(3)
+    for host in world.hosts[3:]:
+        world.at(0.1, host.boot)
+    world.run(300.0)
+    assert len(world.witness.active) <= 1

@@ -65,6 +65,7 @@ class World:
         self._order = itertools.count()
         self.trace: Callable[[str], object] | None = None
         self.blocked: set[tuple[int, int]] = set()
+        self.copied: set[str] = set()  # identities that were ever on two disks
         self.witness = Witness(self.config)
         extra = self.faults.surplus + self.faults.clones
         self.hosts = [Host(self, i) for i in range(hosts + extra)]
