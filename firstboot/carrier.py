@@ -15,9 +15,9 @@ from typing import Any
 from firstboot import containers, health, host, pki, units
 from firstboot.protocol import events, plan, status
 from firstboot.protocol.assembly import Assembly
-from firstboot.protocol.errors import FirstbootError, LocalError
+from firstboot.protocol.errors import FirstbootError, LocalError, RemoteError
 from firstboot.protocol.messages import Certificate, Granted, from_plain, to_plain
-from firstboot.protocol.model import Channel, Issued, Profile
+from firstboot.protocol.model import Channel, Issued, Profile, Role
 from firstboot.transport import Transport
 
 HOST_KEY = "host.key"
@@ -80,9 +80,10 @@ class Carrier:
                 plain = {"key": made.key.decode(), "crt": pki.to_pem(made.certificate).decode()}
                 saved = json.dumps(plain).encode()
                 self.directory.put(f"{name}.json", saved)
+            made_before = _authority(saved)
         except FirstbootError as error:
             return events.PersistFailed(0, str(error))
-        return events.AuthorityMade(epoch, pki.fingerprint(_authority(saved).certificate))
+        return events.AuthorityMade(epoch, pki.fingerprint(made_before.certificate))
 
     def _drop_authority(self, epoch: int) -> events.Event | None:
         try:
@@ -99,10 +100,10 @@ class Carrier:
             if key is None:
                 key = pki.make_key()
                 self.directory.put(HOST_KEY, key)
+            csr = pki.make_request(key, self.core.me.node_id)
+            return events.RequestMade(csr, pki.key_digest(key))
         except FirstbootError as error:
             return events.PersistFailed(0, str(error))
-        node_id = self.core.me.node_id
-        return events.RequestMade(pki.make_request(key, node_id), pki.key_digest(key))
 
     def _sign(self, action: events.Sign) -> events.Event:
         member, epoch = action.member, action.epoch
@@ -115,7 +116,10 @@ class Carrier:
                 return events.SignFailed(member.node_id, epoch, reason)
             authority = _authority(saved)
             answer = self.directory.answer(epoch, member.node_id)
-            if answer is None or answer[0].key != action.key:
+            if answer is not None and answer[0].key != action.key:
+                reason = "this host was already enrolled with another key"
+                return events.SignFailed(member.node_id, epoch, reason)
+            if answer is None:
                 certificates = tuple(
                     Certificate(
                         p, pki.sign(authority, action.csr, member, p, "firstboot", now=_sane_now())
@@ -135,6 +139,10 @@ class Carrier:
             pki.check_granted(
                 action.certificates, action.authority, action.fingerprint, key, action.member
             )
+            role = self.core.role or Role.NODE
+            wanted = set(self.core.payload.for_role(role).profiles)
+            if not wanted <= {c.profile for c in action.certificates}:
+                raise RemoteError("the answer lacks a certificate that this host's role needs")
             granted = Granted(
                 action.epoch, action.member.name, action.certificates, action.authority
             )
@@ -176,7 +184,10 @@ class Carrier:
         saved = self.directory.get(CERTIFICATES)
         if saved is None:
             return None
-        granted: Granted = from_plain(Granted, json.loads(saved))
+        try:
+            granted: Granted = from_plain(Granted, json.loads(saved))
+        except (ValueError, TypeError):
+            raise LocalError("the certificates on this host cannot be read") from None
         return granted
 
     # ------------------------------------------------------------ the role
@@ -259,5 +270,9 @@ def _sane_now() -> float:
 
 
 def _authority(saved: bytes) -> pki.Authority:
-    plain = json.loads(saved)
-    return pki.Authority(pki.to_der(plain["crt"].encode()), plain["key"].encode())
+    try:
+        plain = json.loads(saved)
+        certificate, key = plain["crt"].encode(), plain["key"].encode()
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise LocalError("the cluster CA on this host cannot be read") from None
+    return pki.Authority(pki.to_der(certificate), key)

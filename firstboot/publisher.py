@@ -33,8 +33,10 @@ class Recorder:
 
     def line(self, text: str) -> None:
         """Add a line; it reaches the file at the next `flush`."""
+        size: list[int] = []
         self._do(lambda file: file.write(f"{text}\n"))
-        if self._file is not None and self._file.tell() > MAX_HISTORY:
+        self._do(lambda file: size.append(file.tell()))  # this flushes: a full disk shows here
+        if size and size[0] > MAX_HISTORY:
             self.close()
 
     def flush(self) -> None:
@@ -52,7 +54,9 @@ class Recorder:
         try:
             deed(self._file)
         except OSError:
-            self._file = None
+            broken, self._file = self._file, None
+            with suppress(OSError):
+                broken.close()
 
 
 class Publisher:
