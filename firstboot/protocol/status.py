@@ -220,6 +220,8 @@ def _signing(core: Assembly) -> tuple[str, str]:
     waiting = [label(p) for p in core.peers.values() if p.node_id not in issued]
     if waiting:
         text += f"; waiting for {', '.join(waiting[:3])}"
+    if core.present_voters() < core.quorum:
+        text += f"; {core.present_voters()} voters of the {core.quorum} it needs are present"
     return text + ".", ""
 
 

@@ -66,8 +66,8 @@ class Host:
     @property
     def node_id(self) -> str:
         """Derived from the identity key; a wiped disk has another."""
-        of = self.identity_of or self
-        return digest("id", self.world.seed, of.index, of.identity)[:32]
+        index = self.identity_of.index if self.identity_of is not None else self.index
+        return digest("id", self.world.seed, index, self.identity)[:32]
 
     def boot(self) -> None:
         """Start the process from what is on disk."""
@@ -108,7 +108,7 @@ class Host:
         self.world.count("wipe")
         self.crash()
         self.disk, self.gone, self.identity_of = Disk(), False, None
-        self.identity += 1
+        self.identity = self.boots  # never used before
         self.world.by_id[self.node_id] = self
 
     def lose_state(self) -> None:
@@ -122,7 +122,7 @@ class Host:
     def copy_disk_of(self, other: Host) -> None:
         """Start from a copy of that host's disk, identity and all."""
         self.world.count("clone")
-        self.disk, self.identity_of = deepcopy(other.disk), other
+        self.disk, self.identity_of, self.identity = deepcopy(other.disk), other, other.identity
         self.world.copied.add(self.node_id)
         self.born, self.absent = self.world.now, False
         self.boot()

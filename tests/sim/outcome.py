@@ -46,12 +46,12 @@ def _out(world: World, host: Host) -> bool:
     )
 
 
-def _quorum_at_last(world: World, host: Host) -> int:
-    core, config = host.core, world.config
-    assert core is not None
-    if config.strict:
-        return config.expect
-    return max(config.majority, len(core.voters) // 2 + 1)
+def _quorum_at_last(world: World) -> int:
+    """What the host that knows of the most voters needs: it may be the master."""
+    if world.config.strict:
+        return world.config.expect
+    seen = max(len(h.core.voters) for h in world.hosts if h.core is not None)
+    return max(world.config.majority, seen // 2 + 1)
 
 
 def left_behind(world: World) -> list[str]:
@@ -71,8 +71,7 @@ def left_behind(world: World) -> list[str]:
         elif _out(world, host) or not world.witness.safe:
             continue
         elif not any(h.gone or h.disk.stored.activated for h in world.hosts) and (
-            len(voters) < max(_quorum_at_last(world, host), world.config.masters)
-            or core.overlaunched
+            len(voters) < max(_quorum_at_last(world), world.config.masters) or core.overlaunched
         ):
             wrong += _must_say_what_is_missing(host, len(voters))
         else:
