@@ -70,7 +70,7 @@ class Carrier:
             return events.PersistFailed(action.sequence, str(error))
         return events.PersistDone(action.sequence)
 
-    def _make_authority(self, epoch: int) -> events.Event | None:
+    def _make_authority(self, epoch: int) -> events.Event:
         name = f"authority/{epoch}"
         try:
             saved = self.directory.get(f"{name}.json")

@@ -94,11 +94,10 @@ class Voter(Situation):
         """Propose, replace or activate if it is this host's turn."""
         if self.round is not None and self.now >= self.round.expires:
             self._give_up()
-        enough = self.me.voter and self.present_voters() >= self.quorum
-        if self.majority_since is None and self.present_voters() >= self.config.majority:
-            self.majority_since = self.now
-            enough = self.me.voter and self.present_voters() >= self.quorum
-        if not enough or self.overlaunched:
+        present = self.present_voters()
+        if self.majority_since is None and present >= self.config.majority:
+            self.majority_since = self.now  # the quorum depends on it
+        if not self.me.voter or present < self.quorum or self.overlaunched:
             self.can_since = None
             return
         if self.can_since is None:

@@ -42,18 +42,6 @@ def _tools() -> None:
     need_tools()
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    path = tmp_path / "root"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def plain(tmp_path: Path) -> str:
-    return build(tmp_path / "plain", PLAIN)
-
-
 # ---------------------------------------------------------------- what /exports may hold
 
 

@@ -36,18 +36,6 @@ def _tools() -> None:
     need_tools()
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    path = tmp_path / "root"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def plain(tmp_path: Path) -> str:
-    return build(tmp_path / "plain", PLAIN)
-
-
 def test_a_layout_is_read_where_it_is(root: Path, tmp_path: Path) -> None:
     image = build(tmp_path / "image", PLAIN)
     before = snapshot(tmp_path / "image", exact=True)
