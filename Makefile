@@ -3,6 +3,7 @@
 # make test       setup, the machine image, and every test there is
 # make machines   only the tests on real machines
 # make sim        the simulator at length: SEEDS=500 JOBS=2
+# make explore    every interleaving of three voters, in larger bounds than the tests'
 # make demo       watch HOSTS=3 machines become a cluster; KEEP=1 leaves them running
 # make image      the image the machines boot from, under build/image
 # make install    DESTDIR= PREFIX=/usr; needs no pip
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup packages check test machines sim demo image install lock clean
+.PHONY: help setup packages check test machines sim explore demo image install lock clean
 
 PREFIX ?= /usr
 DESTDIR ?=
@@ -99,6 +100,9 @@ machines: image
 
 sim: setup
 	$(VENV)/python -m tests.sim --seeds $(SEEDS) --jobs $(JOBS)
+
+explore: setup
+	$(VENV)/python -m tests.spec
 
 demo: image
 	@$(SUDO) $(VENV)/python -m tests.machines.demo --hosts $(HOSTS) --masters $(MASTERS) $(if $(KEEP),--keep)

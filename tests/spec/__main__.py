@@ -30,9 +30,9 @@ def main() -> None:
         spec = Spec(plan, chosen=candidate(0, 1) if decided else None, slow=frozenset(slow))
         states = spec.explore(limit=20_000_000)
         total += states
-        rounds = " ".join("+".join(p[0] for p in mine) or "-" for mine in plan)
+        rounds = " ".join("+".join(p.value[:3] for p in mine) or "-" for mine in plan)
         seconds = time.monotonic() - started
-        print(f"{states:9} states  rounds {rounds:12}  slow disks {sorted(slow)}  {seconds:.0f} s")
+        print(f"{states:9} states  rounds {rounds:20}  slow disks {sorted(slow)}  {seconds:.0f} s")
     print(f"{total} states, no rule broken")
 
 
