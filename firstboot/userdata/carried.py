@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from firstboot.protocol.errors import UserError
@@ -23,6 +25,10 @@ from firstboot.userdata.reading import (
     said_by,
     text_of,
 )
+
+# A few bytes can stand for much: an alias repeats a file, gzip holds a thousand times its size.
+MAX_FILES = 64  # of ours; the others are not even decoded
+MAX_FIELDS = 64  # of one file's entry; cloud-init knows 8
 
 
 def parse(data: bytes, name: str) -> Document:
@@ -44,7 +50,7 @@ class _Written:
     """A file that the carrying configuration writes."""
 
     path: str
-    data: bytes | None  # None: fetched from elsewhere, or not decodable
+    load: Callable[[], bytes | None]  # None: fetched from elsewhere, or not decodable
     mode: int
     late: bool = False
 
@@ -82,14 +88,21 @@ def _from_files(
     files: list[_Written], name: str, layers: list[Said]
 ) -> tuple[list[Said], list[str]]:
     """The layers that written files make above those given, and warnings about the files."""
-    warnings = []
+    warnings, left = [], MAX_BYTES
     ours = sorted((f for f in files if f.rank >= 0), key=lambda f: (f.rank, f.path))
+    if len(ours) > MAX_FILES:
+        raise UserError(f"this writes more than {MAX_FILES} files for firstboot", where=name)
     for file in ours:
         inner = f"{name}, {file.path} in it"
-        if file.data is None:
+        data = file.load()
+        if data is None:
             message = "the contents are not in this file or cannot be decoded"
             raise UserError(message, where=inner)
-        said = read(text_of(file.data, inner), inner)
+        text = text_of(data, inner)
+        left -= len(data)
+        if left < 0:
+            raise UserError("the files for firstboot are together larger than 1 MB", where=name)
+        said = read(text, inner)
         layers += [said] if said else []
         if said and "token" in said.data and file.mode & 0o044:
             warnings.append(f"{inner} will be readable by others: give it the mode 0600")
@@ -107,13 +120,12 @@ def _cloud_files(node: Node | None) -> list[_Written]:
     for item in _sequence(node):
         texts = _texts(item)
         encoding = texts.get("encoding", "").lower()
-        content = children(item).get("content")
-        tagged = content is not None and content.tag.endswith(":binary")
-        data = _encoded(texts.get("content"))
-        data = _decoded(data, base64=tagged or "64" in encoding, gzip="gz" in encoding)
+        content = _parts(item).get("content")
+        base64 = "64" in encoding or (content is not None and content.tag.endswith(":binary"))
+        load = partial(_decoded, texts.get("content"), base64=base64, gzip="gz" in encoding)
         late = texts.get("defer", "false").lower() in ("true", "yes", "on")
         mode = _octal(texts.get("permissions", ""))
-        files.append(_Written(texts.get("path", ""), data, mode, late))
+        files.append(_Written(texts.get("path", ""), load, mode, late))
     return files
 
 
@@ -122,28 +134,35 @@ def _butane_files(storage: Node) -> list[_Written]:
     files = []
     for item in _sequence(children(storage).get("files")):
         texts = _texts(item)
-        data = _encoded(_texts(children(item).get("contents")).get("inline"))
-        files.append(_Written(texts.get("path", ""), data, _octal(texts.get("mode", ""))))
+        load = partial(_decoded, _texts(_parts(item).get("contents")).get("inline"))
+        files.append(_Written(texts.get("path", ""), load, _octal(texts.get("mode", ""))))
     return files
 
 
 def _ignition_files(whole: dict[str, Any]) -> list[_Written]:
     """Ignition's storage.files, contents in a data: URL (RFC 2397); its default mode is 0644."""
-    from urllib.parse import unquote_to_bytes
-
     files = []
     for item in _items(_fields(whole.get("storage")).get("files")):
         file = _fields(item)
         contents = _fields(file.get("contents"))
-        scheme, _, rest = str(contents.get("source", "")).partition(":")
-        media, comma, body = rest.partition(",")
-        data = unquote_to_bytes(_encoded(body) or b"") if scheme == "data" and comma else None
         gzip = contents.get("compression") == "gzip"
-        data = _decoded(data, base64=media.endswith(";base64"), gzip=gzip)
+        load = partial(_from_url, str(contents.get("source", "")), gzip=gzip)
         mode = file.get("mode")
         octal = mode if isinstance(mode, int) else 0o644
-        files.append(_Written(str(file.get("path", "")), data, octal))
+        files.append(_Written(str(file.get("path", "")), load, octal))
     return files
+
+
+def _from_url(url: str, *, gzip: bool) -> bytes | None:
+    """What a data: URL holds, None for any other."""
+    from urllib.parse import unquote_to_bytes
+
+    scheme, _, rest = url.partition(":")
+    media, comma, body = rest.partition(",")
+    if scheme != "data" or not comma:
+        return None
+    plain = unquote_to_bytes(body.encode("utf-8", "surrogatepass"))
+    return _decoded(plain, base64=media.endswith(";base64"), gzip=gzip)
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -158,8 +177,14 @@ def _sequence(node: Node | None) -> list[Node]:
     return node.value if node is not None and node.id == "sequence" else []
 
 
+def _parts(node: Node | None) -> dict[str, Node]:
+    """The children of one file's entry; none if it has more than such an entry can have."""
+    small = node is not None and len(node.value) <= MAX_FIELDS
+    return children(node) if small else {}
+
+
 def _texts(node: Node | None) -> dict[str, str]:
-    return {key: str(v.value) for key, v in children(node).items() if v.id == "scalar"}
+    return {key: str(v.value) for key, v in _parts(node).items() if v.id == "scalar"}
 
 
 def _octal(text: str) -> int:
@@ -167,16 +192,15 @@ def _octal(text: str) -> int:
     return int(digits[1], 8) if digits else 0o644
 
 
-def _encoded(text: str | None) -> bytes | None:
-    # A quoted scalar or JSON may hold lone surrogates; text_of then refuses the bytes.
-    return None if text is None else text.encode("utf-8", "surrogatepass")
-
-
-def _decoded(data: bytes | None, *, base64: bool, gzip: bool) -> bytes | None:
+def _decoded(
+    content: str | bytes | None, *, base64: bool = False, gzip: bool = False
+) -> bytes | None:
     """Undo base64, then gzip, to `MAX_BYTES` + 1 at most; None if they do not fit."""
     import binascii
     import zlib
 
+    # A quoted scalar or JSON may hold lone surrogates; text_of then refuses the bytes.
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     try:
         if data is not None and base64:
             data = binascii.a2b_base64(data)

@@ -12,6 +12,7 @@ from firstboot.protocol.errors import UserError
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32  # the schema needs 6; a whole user-data has a few more
 MAX_NODES = 50_000  # an alias counts each time it is used, so a bomb runs out early
+EXPANDS = "the document's aliases expand to too much"
 MAX_SHOWN = 24  # shorter than any token, so an error text cannot quote one
 # What YAML does not call printable (YAML 1.2, section 5.1), as far as UTF-8 can hold it; U+FFFE
 # and U+FFFF are left to yaml, they would make this pattern slow to compile.
@@ -164,6 +165,7 @@ class _Reader:
         self.positions = positions
         self.marks: dict[Place, tuple[str, str]] = {}
         self.left = MAX_NODES
+        self.room = MAX_BYTES  # characters; what is said once fits, aliases repeat it
 
     def where(self, node: Node) -> str:
         return _position(self.name, node.start_mark if self.positions else None)
@@ -173,7 +175,7 @@ class _Reader:
         self.marks[place] = (self.where(key) if key else where, where)
         self.left -= 1
         if self.left < 0 or len(place) > MAX_DEPTH:
-            raise UserError("the document's aliases expand to too much", where=where)
+            raise UserError(EXPANDS, where=where)
         if node.tag not in PLAIN_TAGS:
             raise UserError("YAML tags such as !!binary are not used here", where=where)
         if node.id == "sequence":
@@ -200,6 +202,9 @@ class _Reader:
 
     def text(self, node: Node) -> str:
         text = str(node.value)
+        self.room -= len(text)
+        if self.room < 0:
+            raise UserError(EXPANDS, where=self.where(node))
         # What cloud-init leaves in place of a variable it does not know (its instancedata page).
         if "CI_MISSING_JINJA_VAR" in text:
             message = "cloud-init did not know a jinja variable used here"
