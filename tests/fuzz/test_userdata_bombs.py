@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -25,10 +26,11 @@ from firstboot.userdata.reading import MAX_BYTES
 from firstboot.userdata.token import assemble
 from tests.fuzz.mutations import NASTY_JSON, edited, edits, places, spliced
 
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 FAST = settings(
-    max_examples=200,
+    max_examples=20_000 if LONG else 200,
     deadline=None,
-    derandomize=True,
+    derandomize=not LONG,
     suppress_health_check=[HealthCheck.too_slow],
 )
 MAX_CPU = 5.0  # seconds; the slowest here takes about half of one
