@@ -178,6 +178,7 @@ class Service:
         bootstrap = pki.derive(document.token.reveal(), document.formation_id)
         credentials = bootstrap.credentials(key)
         self.transport.set_channel(Channel.BOOTSTRAP, credentials, pki.node_id_of_certificate)
+        self.publisher.mark("listening")
         context = Context(tag=bootstrap.tag, formation_id=document.formation_id, boot=me.boot)
 
         def stranger(kind: str, source: str) -> None:
