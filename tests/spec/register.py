@@ -9,6 +9,11 @@ Three simplifications, each of which only adds behaviour. What is known to be ch
 every host at once. Nobody vetoes the replacement of a master. A proposer looks for promises in
 the messages sent, so it may begin its second phase with any quorum of them, seen in any order.
 
+What is bounded or left out: each host starts only the rounds its plan lists; a new ballot is one
+above the host's own register, not above what refusals told it; only hosts with a slow disk crash
+in the open (with a quick one a crash loses no more than the round, which a new round does too);
+no host is wiped, and nobody beyond the three votes.
+
 Numbers stand for ballots, values and registers (`Numbers`), so that a state is quick to compare.
 """
 

@@ -12,7 +12,17 @@ import pytest
 from firstboot.protocol import election
 from firstboot.protocol.election import Purpose, Round
 from firstboot.protocol.model import Ballot, ClusterConfig, Register, Value
-from tests.spec.register import MEMBERS, Broken, Plan, Rules, Spec, candidate
+from tests.spec.register import (
+    MEMBERS,
+    Broken,
+    Host,
+    Note,
+    Plan,
+    Rules,
+    Spec,
+    State,
+    candidate,
+)
 
 FOUND, READ, REPLACE, ACTIVATE = Purpose.FOUND, Purpose.READ, Purpose.REPLACE, Purpose.ACTIVATE
 CHOSEN = candidate(0, 1)  # a is the master of epoch 1; a and b know it, c does not
@@ -56,6 +66,31 @@ def test_a_reader_finishes_what_it_finds() -> None:
         if sum(spec.numbers.things[h.disk].accepted.node_id == "c" * 32 for h in state.hosts) > 1
     ]
     assert finished
+
+
+class KeepsEverything(Spec):
+    """Messages that can change nothing any more still tell two states apart."""
+
+    def _with(self, state: State, me: int, host: Host, *notes: Note) -> State:
+        hosts = (*state.hosts[:me], host, *state.hosts[me + 1 :])
+        return State(hosts, state.sent.union(notes))
+
+
+@pytest.mark.parametrize(
+    ("plan", "chosen"),
+    [(((FOUND,), (FOUND,), ()), None), (((ACTIVATE,), (REPLACE,), ()), CHOSEN)],
+    ids=["found", "after a candidate"],
+)
+def test_forgetting_spent_messages_loses_no_behaviour(plan: Plan, chosen: Value | None) -> None:
+    """The same registers are reached on the three disks, in a small part of the states."""
+    short, long = Spec(plan, chosen=chosen), KeepsEverything(plan, chosen=chosen)
+    assert 10 * short.explore() < long.explore()
+    disks = [
+        {tuple(spec.numbers.things[h.disk] for h in state.hosts) for state in spec.seen}
+        for spec in (short, long)
+    ]
+    assert disks[0] == disks[1]
+    assert short.reached == long.reached
 
 
 # ---------------------------------------------------------------- one broken rule each
