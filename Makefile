@@ -51,7 +51,8 @@ packages:
 		present=$$(dpkg-query -W -f '$${db:Status-Status} $${Package}\n' $(DEBIAN) 2>/dev/null || true); \
 		missing=; for package in $(DEBIAN); do \
 			grep -qx "installed $$package" <<<"$$present" || missing="$$missing $$package"; done; \
-		[ -z "$$missing" ] || { echo "installing:$$missing"; $(SUDO) apt-get -qq update; \
+		[ -z "$$missing" ] || { echo "installing:$$missing"; \
+			$(SUDO) mkdir -p /var/lib/apt/lists/partial; $(SUDO) apt-get -qq update; \
 			$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 install --no-install-recommends \
 				$$missing </dev/null >/dev/null; }; \
 	elif command -v dnf >/dev/null; then \
