@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 
 from cryptography import x509
-from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from firstboot.pki.parts import DER, PEM, UNREADABLE, expiry, moment, reading
 from firstboot.protocol.errors import LocalError, RemoteError
 from firstboot.protocol.messages import MAX_BLOB, Certificate
 from firstboot.protocol.model import NODE_ID, Member, Profile
@@ -60,21 +58,6 @@ _LOCAL_NAMES = (
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 # RFC 5280, section 4.1.2.5: the date that says "no well-defined expiration".
 _ALWAYS = (datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC))
-# What parsing hostile DER may raise; most of these do not derive from one another.
-_UNREADABLE = (
-    ValueError,
-    TypeError,
-    LookupError,
-    OverflowError,
-    InternalError,
-    UnsupportedAlgorithm,
-    x509.InvalidVersion,
-    x509.DuplicateExtension,
-    x509.ExtensionNotFound,
-    x509.UnsupportedGeneralNameType,
-)
-_PEM = serialization.Encoding.PEM
-_DER = serialization.Encoding.DER
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +101,9 @@ class Bootstrap:
         leaf = _leaf_builder(_name(node_id(host_key)), issuer, key.public_key(), valid, usages)
         leaf = leaf.add_extension(_issuer_identifier(signer.public_key()), critical=False)
         return Credentials(
-            chain=leaf.sign(signer, hashes.SHA256()).public_bytes(_PEM),
+            chain=leaf.sign(signer, hashes.SHA256()).public_bytes(PEM),
             key=host_key,
-            authority=root.sign(signer, hashes.SHA256()).public_bytes(_PEM),
+            authority=root.sign(signer, hashes.SHA256()).public_bytes(PEM),
         )
 
 
@@ -150,7 +133,7 @@ def node_id_of_certificate(der: bytes) -> str:
 def cluster_node_id(der: bytes) -> str:
     """The identity of a peer on the cluster channel, from the one URI its certificate names."""
     certificate = _certificate(der)
-    with _reading("the certificate names no host"):
+    with reading("the certificate names no host"):
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     found = uris[0].removeprefix(NODE_URI) if len(uris) == 1 else ""
@@ -188,10 +171,10 @@ def make_authority(cluster: str, epoch: int, now: float | None = None) -> Author
     """A new random cluster CA. `now` is Unix time, by default the clock's."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = _name(f"firstboot CA {epoch}", cluster)
-    begin = _moment(now) - BACKDATE
+    begin = moment(now) - BACKDATE
     builder = _authority_builder(name, key.public_key(), (begin, begin + AUTHORITY_LIFETIME))
     signed = builder.serial_number(x509.random_serial_number()).sign(key, hashes.SHA256())
-    return Authority(signed.public_bytes(_DER), _pem_of(key))
+    return Authority(signed.public_bytes(DER), _pem_of(key))
 
 
 def fingerprint(der: bytes) -> str:
@@ -201,19 +184,19 @@ def fingerprint(der: bytes) -> str:
 
 def not_after(der: bytes) -> float:
     """When a certificate expires, Unix time."""
-    return _expiry(_certificate(der)).timestamp()
+    return expiry(_certificate(der)).timestamp()
 
 
 def to_pem(der: bytes) -> bytes:
     """A certificate as PEM."""
-    return _certificate(der).public_bytes(_PEM)
+    return _certificate(der).public_bytes(PEM)
 
 
 def to_der(pem: bytes) -> bytes:
     """A certificate (the first, if there are several) as DER. LocalError if there is none."""
     try:
-        return x509.load_pem_x509_certificate(pem).public_bytes(_DER)
-    except _UNREADABLE:
+        return x509.load_pem_x509_certificate(pem).public_bytes(DER)
+    except UNREADABLE:
         raise LocalError("a certificate on this host cannot be read") from None
 
 
@@ -223,7 +206,7 @@ def to_der(pem: bytes) -> bytes:
 def make_request(key: bytes, node_id: str) -> bytes:
     """A certificate request (DER PKCS#10, RFC 2986) for this key in the name of this host."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(_name(node_id))
-    return builder.sign(_private(key), hashes.SHA256()).public_bytes(_DER)
+    return builder.sign(_private(key), hashes.SHA256()).public_bytes(DER)
 
 
 def check_request(csr: bytes, node_id: str) -> str:
@@ -249,8 +232,8 @@ def sign(
     """
     key = _requested_key(csr, member.node_id)
     issuer = _certificate(authority.certificate)
-    begin = _moment(now) - BACKDATE
-    end = min(begin + BACKDATE + LIFETIME, _expiry(issuer))
+    begin = moment(now) - BACKDATE
+    end = min(begin + BACKDATE + LIFETIME, expiry(issuer))
     if end <= begin + BACKDATE:
         raise LocalError("the cluster CA has expired, or this host's clock is wrong")
     # etcd's gRPC proxy refuses a client certificate that lends a common name's rights to all.
@@ -260,7 +243,7 @@ def sign(
     builder = builder.add_extension(_alternative_names(member, profile), critical=False)
     signer = _private(authority.key)
     builder = builder.add_extension(_issuer_identifier(signer.public_key()), critical=False)
-    return builder.sign(signer, hashes.SHA256()).public_bytes(_DER)
+    return builder.sign(signer, hashes.SHA256()).public_bytes(DER)
 
 
 def check_granted(
@@ -283,7 +266,7 @@ def check_granted(
     if len({c.profile for c in certificates}) != len(certificates):
         raise RemoteError("the answer holds two certificates of one profile")
     for certificate in certificates:
-        with _reading(f"the {certificate.profile} certificate cannot be read"):
+        with reading(f"the {certificate.profile} certificate cannot be read"):
             reason = _why_not_ours(certificate, issuer, key_digest(key), member)
         if reason:
             raise RemoteError(f"the {certificate.profile} certificate {reason}")
@@ -312,19 +295,15 @@ def _name(common_name: str, organization: str = "") -> x509.Name:
     return x509.Name([x509.NameAttribute(oid, text) for oid, text in parts if text])
 
 
-def _moment(now: float | None) -> datetime:
-    return datetime.fromtimestamp(int(time.time() if now is None else now), UTC)
-
-
 def _pem_of(key: ec.EllipticCurvePrivateKey) -> bytes:
     form = serialization.PrivateFormat.PKCS8
-    return key.private_bytes(_PEM, form, serialization.NoEncryption())
+    return key.private_bytes(PEM, form, serialization.NoEncryption())
 
 
 def _private(pem: bytes) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_pem_private_key(pem, None)
-    except _UNREADABLE:
+    except UNREADABLE:
         raise LocalError("a private key on this host cannot be read") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp256r1":
         raise LocalError("a private key on this host is not a P-256 key")
@@ -333,34 +312,20 @@ def _private(pem: bytes) -> ec.EllipticCurvePrivateKey:
 
 def _digest(key: ec.EllipticCurvePublicKey) -> str:
     form = serialization.PublicFormat.SubjectPublicKeyInfo
-    return hashlib.sha256(key.public_bytes(_DER, form)).hexdigest()
-
-
-@contextmanager
-def _reading(mistake: str) -> Iterator[None]:
-    """Around parsing what a peer sent: what that raises is the peer's mistake.
-
-    What it warns of is nobody's concern here; a peer must not be able to write to our log.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except _UNREADABLE:
-            raise RemoteError(mistake) from None
+    return hashlib.sha256(key.public_bytes(DER, form)).hexdigest()
 
 
 def _certificate(der: bytes) -> x509.Certificate:
     if len(der) > MAX_BLOB:
         raise RemoteError("the certificate is too large")
-    with _reading("the certificate cannot be read"):
+    with reading("the certificate cannot be read"):
         return x509.load_der_x509_certificate(der)
 
 
 def _public(
     source: x509.Certificate | x509.CertificateSigningRequest,
 ) -> ec.EllipticCurvePublicKey:
-    with _reading("the public key cannot be read"):
+    with reading("the public key cannot be read"):
         key = source.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
         raise RemoteError("the public key is not a P-256 key")
@@ -370,7 +335,7 @@ def _public(
 def _requested_key(csr: bytes, node_id: str) -> ec.EllipticCurvePublicKey:
     if len(csr) > MAX_REQUEST:
         raise RemoteError(f"the request has {len(csr)} bytes; at most {MAX_REQUEST} are allowed")
-    with _reading("the request cannot be read"):
+    with reading("the request cannot be read"):
         request = x509.load_der_x509_csr(csr)
         subject, attributes = request.subject, list(request.attributes)
         algorithm, proven = request.signature_hash_algorithm, request.is_signature_valid
@@ -450,12 +415,6 @@ def _alternative_names(member: Member, profile: Profile) -> x509.SubjectAlternat
     return x509.SubjectAlternativeName(
         [*names, x509.UniformResourceIdentifier(NODE_URI + member.node_id)]
     )
-
-
-def _expiry(certificate: x509.Certificate) -> datetime:
-    # cryptography 42 introduced the aware property and deprecated the naive one.
-    aware: datetime | None = getattr(certificate, "not_valid_after_utc", None)
-    return certificate.not_valid_after.replace(tzinfo=UTC) if aware is None else aware
 
 
 def _why_not_ours(

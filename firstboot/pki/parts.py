@@ -1,0 +1,55 @@
+"""What both kinds of certificates share: reading hostile DER, moments, encodings."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from cryptography import x509
+from cryptography.exceptions import InternalError, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+
+from firstboot.protocol.errors import RemoteError
+
+PEM = serialization.Encoding.PEM
+DER = serialization.Encoding.DER
+# What parsing hostile DER may raise; most of these do not derive from one another.
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    InternalError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.UnsupportedGeneralNameType,
+)
+
+
+def moment(now: float | None) -> datetime:
+    return datetime.fromtimestamp(int(time.time() if now is None else now), UTC)
+
+
+@contextmanager
+def reading(mistake: str) -> Iterator[None]:
+    """Around parsing what a peer sent: what that raises is the peer's mistake.
+
+    What it warns of is nobody's concern here; a peer must not be able to write to our log.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except UNREADABLE:
+            raise RemoteError(mistake) from None
+
+
+def expiry(certificate: x509.Certificate) -> datetime:
+    # cryptography 42 introduced the aware property and deprecated the naive one.
+    aware: datetime | None = getattr(certificate, "not_valid_after_utc", None)
+    return certificate.not_valid_after.replace(tzinfo=UTC) if aware is None else aware
