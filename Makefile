@@ -116,9 +116,9 @@ define LAUNCHER
 import sys
 
 sys.path.insert(0, "$(SHARE)")
-from firstboot.cli import main
+from firstboot.cli import program
 
-sys.exit(main())
+program()
 endef
 export LAUNCHER
 

@@ -1,7 +1,5 @@
 """``python -m firstboot``."""
 
-import sys
+from firstboot.cli import program
 
-from firstboot.cli import main
-
-sys.exit(main())
+program()

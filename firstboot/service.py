@@ -7,6 +7,7 @@ disk, systemd, container tools) runs in a worker thread and answers with an even
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -179,6 +180,8 @@ class Service:
         credentials = bootstrap.credentials(key)
         self.transport.set_channel(Channel.BOOTSTRAP, credentials, pki.node_id_of_certificate)
         self.publisher.mark("listening")
+        gc.freeze()  # modules and the like stay; what comes now is looked through again
+        gc.enable()
         context = Context(tag=bootstrap.tag, formation_id=document.formation_id, boot=me.boot)
 
         def stranger(kind: str, source: str) -> None:

@@ -32,8 +32,8 @@ from tests.network.rig import Network, call
 LIMIT = 20.0  # seconds; what has not formed by then counts as that long, and is named
 FETCHED = PROJECT / "build/bench/usr/bin"
 # What `make install` puts into /usr/bin/firstboot, with this tree as the installed one.
-LAUNCHER = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); from firstboot.cli import main;"
-LAUNCHER += " sys.exit(main())"
+LAUNCHER = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); from firstboot.cli import program;"
+LAUNCHER += " program()"
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 
