@@ -184,13 +184,13 @@ class Membership(Voter):
 
     def _confirm(self, node_id: str, epoch: int) -> None:
         def noted() -> None:
+            self.confirmed.add(node_id)  # not before: a member that is noted may leave for good
             self._send(node_id, messages.Noted(epoch), Channel.CLUSTER)
 
         if node_id in self.confirmed:
             noted()
         else:
-            self.confirmed.add(node_id)
-            self._store(noted, confirmed=tuple(sorted(self.confirmed)))
+            self._store(noted, confirmed=tuple(sorted({*self.stored.confirmed, node_id})))
 
     def _forget_enrolment(self) -> None:
         self._enrol_at, self.denied, self._storing = self.now, "", None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from firstboot.protocol import events, messages
 from firstboot.protocol.election import Round
 from firstboot.protocol.model import Ballot, ClusterConfig, Issued, Register, Stored, Value
+from tests.sim.conduct import Conduct, Violation
 from tests.sim.outcome import must_describe
 
 if TYPE_CHECKING:
@@ -16,16 +17,11 @@ if TYPE_CHECKING:
 DESCRIBE_EVERY = 64  # events
 
 
-class Violation(AssertionError):
-    """An invariant does not hold."""
-
-
-class Witness:
+class Witness(Conduct):
     """Sees every durable write, message and unit start, and remembers what must agree."""
 
     def __init__(self, config: ClusterConfig) -> None:
-        self.config = config
-        self.checks = 0
+        super().__init__(config)
         self.active: dict[str, str] = {}  # cluster id -> founder
         self.by_ballot: dict[Ballot, Value] = {}
         self.acceptors: dict[tuple[Ballot, Value], set[str]] = {}
@@ -35,12 +31,6 @@ class Witness:
         self.keys: dict[tuple[str, int], str] = {}
         self.made: set[tuple[str, int]] = set()
         self._looks = 0
-
-    def must(self, holds: bool, what: str) -> None:
-        """Raise Violation(what) unless it holds."""
-        self.checks += 1
-        if not holds:
-            raise Violation(what)
 
     @property
     def safe(self) -> bool:
@@ -62,6 +52,9 @@ class Witness:
         before, after = old.register, new.register
         self.must(after.promised >= before.promised, "I4: a promised ballot decreased")
         self.must(after.accepted >= before.accepted, "I4: an accepted ballot decreased")
+        self.kept(old, new)
+        if after.value is not None:
+            self.first_held.setdefault(after.value, host.world.now)
         self._accepted(host.node_id, after)
         if new.decided is not None and new.decided.active:
             self._active(new.decided)
@@ -92,15 +85,20 @@ class Witness:
                 self.must(disk.promised >= ballot, "I4: a promise left before it was on disk")
             case messages.Accepted(ballot=ballot):
                 self.must(disk.accepted >= ballot, "I4: an acceptance left before it was on disk")
+            case message:
+                self.told(host, message, action.node_id)
 
-    def look(self, host: Host, before: Round | None) -> None:
+    def look(self, host: Host, event: events.Event, before: Round | None) -> None:
         """After every event: which quorum a round got by with, and what is held for decided."""
         core = host.core
         if core is None:
             return
-        over = before is not None and before is not core.round
-        if over and before is not None and before.accepted and core.decided == before.value:
+        self.heard(host, event)
+        if before is not None and before is not core.round and self.wins(core, event, before):
             self.smallest = min(self.smallest, len(before.accepted), len(before.promises))
+            self.won(host, before)
+        if core.round is not None and core.round is not before:
+            self.begun(host, core.round)
         if core.decided is not None and core.decided.active:
             self._active(core.decided)
         self._looks += 1
@@ -128,6 +126,7 @@ class Witness:
         where = (host.disk.authorities[entry.epoch] + entry.member.node_id, entry.epoch)
         known = self.keys.setdefault(where, entry.key)
         self.must(known == entry.key, "I7: two keys for one host in one epoch")
+        self.answered(host, entry)
         if self.config.join_extra is not None:
             members = sum(epoch == entry.epoch for epoch, _ in host.disk.issued)
             bound = self.config.expect + self.config.join_extra + self.config.masters
@@ -155,3 +154,6 @@ class Witness:
             return
         allowed = {value.epoch} if value.founder.node_id == host.node_id else set()
         self.must(kept <= allowed, "I6: a CA key of another epoch, or of no master, is still kept")
+
+
+__all__ = ["Violation", "Witness"]

@@ -53,6 +53,8 @@ class Host:
         self.absent = False  # never switched on
         self.disk = Disk()
         self.core: Assembly | None = None
+        self.started = 0.0  # when the process that runs now was
+        self.shut = False  # the bootstrap channel answers no more
         self.gone = False  # left after its work was done
         self.paused_until = 0.0
         self.refuses_until = 0.0
@@ -74,6 +76,7 @@ class Host:
         if self.core is not None or self.gone or self.absent or self.world.now < self.born:
             return
         self.boots += 1
+        self.started, self.shut = self.world.now, self.disk.stored.closed
         self.channels, self.alarm = {}, float("inf")
         self._deeds.clear()
         self._persisting, self._persist_next = False, None
@@ -145,7 +148,7 @@ class Host:
         if world.trace is not None:
             world.trace(f"{world.now:10.4f} {self.index} {event}")
         actions = core.receive(event, world.now)
-        world.witness.look(self, this)
+        world.witness.look(self, event, this)
         for action in actions:
             if world.trace is not None:
                 world.trace(f"{'':10} {self.index}   -> {action}")
@@ -205,9 +208,11 @@ class Host:
             case events.RunStep():
                 self._run_step(action)
             case events.Finish():
+                world.witness.left(self)
                 self.gone = True
                 self.crash()
             case events.Close():
+                self.shut = True
                 for node_id, channel in list(self.channels):
                     if channel is Channel.BOOTSTRAP:
                         world.cut(self, node_id, channel, notice=0.01)

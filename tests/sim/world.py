@@ -200,11 +200,12 @@ class World:
         if self.now < target.refuses_until:
             self.count("refused")
             return False
-        return not target.core.stored.closed
+        return not target.shut
 
     def _establish(self, source: Host, target: Host, action: events.Connect) -> None:
         connection = next(self._order)
         channel = action.channel
+        self.witness.opened(target, channel)
         source.channels[target.node_id, channel] = connection, target
         target.channels[source.node_id, channel] = connection, source
         there = events.Connected(target.node_id, channel, action.endpoint, target.endpoint.host)
@@ -393,6 +394,8 @@ def simulate(seed: int, core: type[Assembly] = Assembly, **options: object) -> W
     world = World(seed, core=core, **options)  # type: ignore[arg-type]
     world.schedule()
     ended = world.ended = world.run(world.bound, world.all_running)
+    if ended:
+        world.witness.must_close(world)
     if len(world.witness.active) > 1:
         world.run(max(world.now, world.faults.until) + 30.0)  # time to meet, and to say so
     world.witness.finish(world)

@@ -1,0 +1,170 @@
+"""What the design page demands beside agreement: windows, CLOSE, and answers that stay the same.
+
+The half of the witness that knows when something may be done; `invariants` has the other, what
+must agree. The windows are checked on the world's own clock, not on what a host makes of it::
+
+    W1  fewer than `expect` decide only after the grace period, and never with `strict`
+    W2  a candidate master is replaced by another only after 30 s of silence
+    W3  a quorum is a majority of the voters that its proposer has met
+    W4  nobody founds a cluster while it knows of too many voters for one
+    I4  what depends on the disk is said only once it is there: the messages after ACTIVE
+    I7  one answer for one host and epoch, one name for one member
+    I9  after CLOSE no bootstrap handshake succeeds, and nobody new is signed for
+    L4  the master closes once all have confirmed, and leaves not before
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from firstboot.protocol import events, messages
+from firstboot.protocol.assembly import Assembly
+from firstboot.protocol.election import Purpose, Round
+from firstboot.protocol.enrolment import full
+from firstboot.protocol.model import Channel, ClusterConfig, Issued, Member, Stored, Value
+from firstboot.protocol.voter import MASTER_SILENT
+
+if TYPE_CHECKING:
+    from tests.sim.machine import Host
+    from tests.sim.world import World
+
+CLOSES_WITHIN = 130.0  # seconds; a node sends its Confirmed again every 2, and leaves after 60
+
+
+class Violation(AssertionError):
+    """An invariant does not hold."""
+
+
+class Conduct:
+    """Sees what hosts do, and when."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+        self.checks = 0
+        self.first_held: dict[Value, float] = {}  # when a value first was on some disk
+        self.met: dict[tuple[int, int], set[str]] = {}  # host, boot -> the voters it met
+        self.answers: dict[tuple[str, str], Member] = {}  # CA, node id -> who it was signed as
+        self.named: dict[tuple[str, str], str] = {}  # CA, name -> node id
+
+    def must(self, holds: bool, what: str) -> None:
+        """Raise Violation(what) unless it holds."""
+        self.checks += 1
+        if not holds:
+            raise Violation(what)
+
+    # ------------------------------------------------------------ deciding
+
+    def heard(self, host: Host, event: events.Event) -> None:
+        """A Hello that the core took note of tells it of one more voter."""
+        if isinstance(event, events.MessageReceived) and isinstance(event.message, messages.Hello):
+            known = host.core is not None and event.node_id in host.core.peers
+            if known and event.message.voter:
+                self.voters_met(host).add(event.node_id)
+
+    def voters_met(self, host: Host) -> set[str]:
+        """Every voter this host met since it was started, itself among them."""
+        mine = set() if host.disk.lost else {host.node_id}
+        return self.met.setdefault((host.index, host.boots), mine)
+
+    def begun(self, host: Host, this: Round) -> None:
+        """W2 and W4, when a host starts a round."""
+        now, base = host.world.now, this.base
+        if this.replacing and base is not None and base.founder.node_id != host.node_id:
+            silent = now - self.first_held.get(base, now)
+            self.must(silent >= MASTER_SILENT, "W2: to be replaced, though not silent for 30 s")
+        if this.purpose is Purpose.FOUND and self._in_grace(host):
+            few = len(self.voters_met(host)) < 2 * self.config.expect
+            self.must(few, "W4: a cluster is founded among too many voters")
+
+    @staticmethod
+    def wins(core: Assembly, event: events.Event, this: Round) -> bool:
+        """Whether this round of the core's has just got by, and not learnt of what was chosen."""
+        if isinstance(event, events.MessageReceived):
+            if not isinstance(event.message, messages.Accepted):
+                return False
+        elif not isinstance(event, events.PersistDone):
+            return False
+        return bool(this.accepted) and core.decided == this.value
+
+    def won(self, host: Host, this: Round) -> None:
+        """W1 and W3, when a round has got by."""
+        voters = min(len(this.accepted), len(this.promises))
+        if voters < self.config.expect:
+            self.must(not self._in_grace(host), "W1: decided by fewer than expect within grace")
+            enough = 2 * voters > len(self.voters_met(host))
+            self.must(enough, "W3: decided by no majority of the voters met")
+
+    def _in_grace(self, host: Host) -> bool:
+        """Whether the grace period cannot be over: it begins after the start of the process."""
+        return self.config.strict or host.world.now < host.started + self.config.grace
+
+    # ------------------------------------------------------------ the disk, and what depends on it
+
+    def kept(self, old: Stored, new: Stored) -> None:
+        """What was once true of a host stays so."""
+        self.must(new.activated or not old.activated, "I4: that it may act was forgotten")
+        self.must(new.closed or not old.closed, "I9: that admission is closed was forgotten")
+
+    def told(self, host: Host, message: messages.Message, node_id: str) -> None:
+        """I4 and I7: the messages after the decision."""
+        stored = host.disk.stored
+        match message:
+            case messages.Activated():
+                done = stored.activated and stored.decided is not None
+                self.must(done, "I4: ACTIVE was told before it was on disk")
+            case messages.Confirmed():
+                self.must(stored.activated, "I4: ACTIVE was confirmed before it was on disk")
+            case messages.Noted():
+                done = node_id in stored.confirmed
+                self.must(done, "I4: a confirmation was noted before it was on disk")
+            case messages.Granted(epoch=epoch):
+                done = (epoch, node_id) in host.disk.issued
+                self.must(done, "I7: certificates were handed out before they were journalled")
+
+    def answered(self, host: Host, entry: Issued) -> None:
+        """I7: the same request gets the same answer. I9: nobody new after CLOSE."""
+        authority, node_id = host.disk.authorities[entry.epoch], entry.member.node_id
+        new = (authority, node_id) not in self.answers
+        self.must(not (new and host.disk.stored.closed), "I9: signed for a new host after CLOSE")
+        known = self.answers.setdefault((authority, node_id), entry.member)
+        self.must(known == entry.member, "I7: two answers to one host in one epoch")
+        holder = self.named.setdefault((authority, entry.member.name), node_id)
+        self.must(holder == node_id, "I7: two members with one name")
+
+    # ------------------------------------------------------------ CLOSE
+
+    def opened(self, target: Host, channel: Channel) -> None:
+        """I9: whose bootstrap channel just answered."""
+        if channel is Channel.BOOTSTRAP:
+            shut = target.disk.stored.closed
+            self.must(not shut, "I9: a bootstrap handshake succeeded after CLOSE")
+
+    def left(self, host: Host) -> None:
+        """L4: a master leaves only once nobody waits for it any more."""
+        core, stored = host.core, host.disk.stored
+        if core is None or not core.founder:
+            return
+        waiting = core.roster.issued.keys() - {host.node_id} - set(stored.confirmed)
+        over = not waiting or host.world.now >= self.config.join_window
+        self.must(stored.closed and over, "L4: the master left while a member needed it")
+
+    def must_close(self, world: World) -> None:
+        """L4: once the faults are over, a master whose members all run closes before long."""
+        if world.hostile:
+            return
+        for host in world.hosts:
+            if self._can_close(world, host):
+                until = world.now + CLOSES_WITHIN
+                done = world.run(until, lambda h=host: h.disk.stored.closed)  # type: ignore[misc]
+                self.must(done, "L4: everybody confirmed, and admission does not close")
+
+    def _can_close(self, world: World, host: Host) -> bool:
+        core = host.core
+        if core is None or core.failure or not (core.founder and core.may_start):
+            return False
+        members = core.roster.issued.keys()
+        if not full(self.config, len(members)) or members & world.copied:
+            return False
+        others = members - {host.node_id} - set(host.disk.stored.confirmed)
+        there = [(i, world.by_id[i]) for i in others]
+        return all(h.node_id == i and h.core is not None for i, h in there)  # not wiped, not gone
