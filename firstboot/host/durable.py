@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,22 +64,33 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def _replace(path: Path, data: bytes, mode: int, *, durable: bool) -> None:
-    # mkstemp makes the file 0600 with a name of its own: two writers never share one, and a
-    # secret is never readable by others, not even for a moment.
-    handle, staged = tempfile.mkstemp(STAGED_SUFFIX, STAGED_PREFIX, path.parent)
+    handle, staged = _staged(path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), mode)
-            file.write(data)
-            file.flush()
+        try:
+            os.fchmod(handle, mode)
+            left = memoryview(data)
+            while left:
+                left = left[os.write(handle, left) :]
             if durable:
-                os.fsync(file.fileno())
-        Path(staged).replace(path)
+                os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(staged, path)  # noqa: PTH105  a Path for each name would cost more than this
     except BaseException:
         Path(staged).unlink(missing_ok=True)
         raise
     if durable:
         sync_directory(path.parent)
+
+
+def _staged(directory: Path) -> tuple[int, str]:
+    """A new file of a name of its own: two writers never share one.
+
+    It is 0600, so that a secret is never readable by others, not even for a moment.
+    """
+    name = f"{directory}/{STAGED_PREFIX}{secrets.token_hex(8)}{STAGED_SUFFIX}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(name, flags, 0o600), name
 
 
 def sweep(directory: Path) -> None:

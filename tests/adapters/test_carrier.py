@@ -119,7 +119,7 @@ def breaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         def failing(*_: object, **__: object) -> Any:
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr("firstboot.host.durable.tempfile.mkstemp", failing)
+        monkeypatch.setattr("firstboot.host.durable._staged", failing)
         monkeypatch.setattr(Path, "unlink", failing)
         if reading:
             monkeypatch.setattr(Path, "open", failing)

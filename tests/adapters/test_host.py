@@ -101,18 +101,18 @@ def test_the_state_is_on_disk_before_the_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    real_fsync, real_replace = os.fsync, Path.replace
+    real_fsync, real_replace = os.fsync, os.replace
 
     def fsync(handle: int) -> None:
         order.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
         real_fsync(handle)
 
-    def replace(self: Path, target: Path) -> Path:
+    def replace(staged: str, target: Path) -> None:
         order.append(f"-> {target.name}")
-        return real_replace(self, target)
+        real_replace(staged, target)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     started(tmp_path)
     begun = order[order.index("-> state.json") - 1 :]
     directory = str(tmp_path / "var/lib/firstboot")
