@@ -11,6 +11,7 @@ import base64
 import json
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from typing import Any
@@ -33,7 +34,7 @@ MAX_BYTES = 64 * 1024
 MAX_TEXT = 1024
 MAX_BLOB = 8 * 1024
 MAX_PEERS = 64
-_HINTS: dict[type[Any], dict[str, Any]] = {}  # resolving annotations is slow, so once a type
+Reader = Callable[[Any], Any]  # of JSON's types; ValueError or TypeError if they do not fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,60 +227,107 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    if kind not in _HINTS:
-        _HINTS[kind] = typing.get_type_hints(kind)
-    return _HINTS[kind]
-
-
 def to_plain(thing: Any) -> Any:
     """Dataclasses to JSON's types: bytes become base64, tuples lists, enums their values."""
-    if isinstance(thing, StrEnum):
-        return thing.value
-    if isinstance(thing, bytes):
-        return base64.b64encode(thing).decode()
-    if isinstance(thing, tuple):
+    kind = type(thing)
+    if kind in _AS_THEY_ARE:
+        return thing
+    if kind is tuple:
         return [to_plain(x) for x in thing]
-    if is_dataclass(thing):
-        return {f.name: to_plain(getattr(thing, f.name)) for f in fields(thing)}
-    return thing
+    if kind is bytes:
+        return base64.b64encode(thing).decode()
+    names = _NAMES.get(kind)
+    if names is None:
+        if isinstance(thing, StrEnum):
+            return thing.value
+        names = _NAMES[kind] = tuple(f.name for f in fields(thing))
+    return {name: to_plain(getattr(thing, name)) for name in names}
 
 
 def from_plain(kind: Any, plain: Any) -> Any:
     """The inverse of `to_plain` for the annotated type `kind`; ValueError if it does not fit."""
+    return _reader(kind)(plain)
+
+
+def _reader(kind: Any) -> Reader:
+    """What reads that type: found out once, as resolving annotations is slow."""
+    found = _READERS.get(kind)
+    if found is None:
+        found = _READERS[kind] = _make_reader(kind)
+    return found
+
+
+def _make_reader(kind: Any) -> Reader:
     if isinstance(kind, types.UnionType):
-        rest = [k for k in typing.get_args(kind) if k is not types.NoneType]
-        if plain is None and len(rest) < len(typing.get_args(kind)):
-            return None
-        require(len(rest) == 1, "a union of several types cannot be read back")
-        return from_plain(rest[0], plain)
+        return _union_reader(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        require(isinstance(plain, list), "expected a list")
-        return tuple(from_plain(typing.get_args(kind)[0], x) for x in plain)
+        return _tuple_reader(typing.get_args(kind)[0])
     if is_dataclass(kind) and isinstance(kind, type):
-        return _dataclass_from(kind, plain)
-    return _scalar_from(kind, plain)
+        return _dataclass_reader(kind)
+    return _SCALARS.get(kind) or (lambda plain: kind(_read_text(plain)))
 
 
-def _dataclass_from(kind: type[Any], plain: Any) -> Any:
-    require(isinstance(plain, dict), "expected an object")
-    hints = _hints(kind)
-    require(plain.keys() == {f.name for f in fields(kind)}, "fields do not match")
-    return kind(**{name: from_plain(hints[name], item) for name, item in plain.items()})
+def _union_reader(kinds: tuple[Any, ...]) -> Reader:
+    rest = [k for k in kinds if k is not types.NoneType]
+    require(len(rest) == 1, "a union of several types cannot be read back")
+    inner, optional = _reader(rest[0]), len(rest) < len(kinds)
+    return lambda plain: None if plain is None and optional else inner(plain)
 
 
-def _scalar_from(kind: Any, plain: Any) -> Any:
-    if kind is bytes:
-        require(isinstance(plain, str) and len(plain) <= MAX_BLOB * 4 // 3 + 4, "expected base64")
-        return base64.b64decode(plain, validate=True)
-    if kind is float:
-        require(type(plain) in (int, float) and abs(plain) < 2**53, "expected a number")
-        return float(plain)
-    if kind is int:
-        require(type(plain) is int and abs(plain) < 2**53, "expected an integer")
-        return plain
-    if kind is bool:
-        require(type(plain) is bool, "expected true or false")
-        return plain
+def _tuple_reader(kind: Any) -> Reader:
+    inner = _reader(kind)
+
+    def read(plain: Any) -> Any:
+        require(isinstance(plain, list), "expected a list")
+        return tuple([inner(item) for item in plain])
+
+    return read
+
+
+def _dataclass_reader(kind: type[Any]) -> Reader:
+    hints = typing.get_type_hints(kind)
+    readers = {f.name: _reader(hints[f.name]) for f in fields(kind)}
+
+    def read(plain: Any) -> Any:
+        require(isinstance(plain, dict), "expected an object")
+        require(plain.keys() == readers.keys(), "fields do not match")
+        return kind(**{name: readers[name](item) for name, item in plain.items()})
+
+    return read
+
+
+def _read_bytes(plain: Any) -> bytes:
+    require(isinstance(plain, str) and len(plain) <= MAX_BLOB * 4 // 3 + 4, "expected base64")
+    return base64.b64decode(plain, validate=True)
+
+
+def _read_float(plain: Any) -> float:
+    require(type(plain) in (int, float) and abs(plain) < 2**53, "expected a number")
+    return float(plain)
+
+
+def _read_int(plain: Any) -> int:
+    require(type(plain) is int and abs(plain) < 2**53, "expected an integer")
+    return int(plain)
+
+
+def _read_bool(plain: Any) -> bool:
+    require(type(plain) is bool, "expected true or false")
+    return bool(plain)
+
+
+def _read_text(plain: Any) -> str:
     require(isinstance(plain, str) and len(plain) <= MAX_TEXT, "expected a short string")
-    return kind(plain) if kind is not str else plain
+    return str(plain)
+
+
+_AS_THEY_ARE = frozenset({str, int, float, bool, types.NoneType})
+_NAMES: dict[type[Any], tuple[str, ...]] = {}  # a dataclass's fields
+_SCALARS: dict[Any, Reader] = {
+    bytes: _read_bytes,
+    float: _read_float,
+    int: _read_int,
+    bool: _read_bool,
+    str: _read_text,
+}
+_READERS: dict[Any, Reader] = dict(_SCALARS)
