@@ -26,6 +26,7 @@ class Network:
         self.owner = run or Run()
         self.switch = f"{self.owner.prefix}-switch"
         self._unplugged: set[int] = set()
+        self._slowed: set[int] = set()
         try:
             self._create()
         except BaseException:
@@ -47,7 +48,8 @@ class Network:
         """The file that stands for a host's network namespace, as setns(2) takes it."""
         return Path("/run/netns") / f"{self.owner.prefix}-{host}"
 
-    def address(self, host: int) -> str:
+    @staticmethod
+    def address(host: int) -> str:
         """A host's IPv4 address."""
         return f"{_SUBNET}.{10 + host}"
 
@@ -107,11 +109,45 @@ class Network:
         """Carry no multicast, as clouds do; ARP and IPv6 neighbour discovery still work."""
         self._rules("multicast", ["ip daddr 224.0.0.0/4 drop", "ip6 daddr ff02::fb drop"])
 
+    def cut(self, *pairs: tuple[int, int]) -> None:
+        """Carry nothing from the first host of each pair to its second; the way back works."""
+        rules = [f"iifname {_ports([a])} oifname {_ports([b])} drop" for a, b in pairs]
+        self._rules("cut", rules)
+
+    def end(self, kind: str) -> None:
+        """End one kind of fault: ``partition``, ``loss``, ``multicast`` or ``cut``."""
+        self._rules(kind, [])
+
+    def slow(self, host: int, kbit: int) -> None:
+        """Let a host receive no more than that per second: frames wait up to 0.4 s, or are lost.
+
+        The queue is what delays, as on a busy link (tc-tbf(8)). 0 ends it.
+        """
+        device = ["tc", "-n", self.switch, "qdisc"]
+        limits = ["tbf", "rate", f"{kbit}kbit", "burst", "1600", "latency", "400ms"]
+        if kbit:
+            call([*device, "replace", "dev", f"port{host}", "root", *limits], check=True)
+            self._slowed.add(host)
+        elif host in self._slowed:
+            call([*device, "del", "dev", f"port{host}", "root"], check=True)
+            self._slowed.discard(host)
+
+    def take_address(self, host: int, address: str) -> None:
+        """Take an address from a host, and its default route with it."""
+        _ip([f"addr del {address}/24 dev eth0"], self.namespace(host).name)
+
+    def give_address(self, host: int, address: str) -> None:
+        """Give a host an address and a default route."""
+        lines = [f"addr add {address}/24 dev eth0", f"route replace default via {_SUBNET}.1"]
+        _ip(lines, self.namespace(host).name)
+
     def heal(self) -> None:
-        """End every fault."""
+        """End every fault of the switch."""
         self._nft("flush ruleset\n")
         for host in sorted(self._unplugged):
             self.plug(host)
+        for host in sorted(self._slowed):
+            self.slow(host, 0)
 
     # -- the switch --
 
