@@ -62,6 +62,8 @@ class Service:
         self._started = False
         self._leaving = False
         self._stopped = False
+        self.moved = ""  # the address this host has now, should it not be the one it had
+        self._watching: asyncio.Task[None] | None = None
         self.core: Assembly
         self.carrier: Carrier
 
@@ -77,7 +79,7 @@ class Service:
             await self._start()
             if not self._stopped:
                 self.put(events.DeadlineReached())
-            while not (self._leaving or self._stopped or self._bug):
+            while not (self._leaving or self._stopped or self._bug or self.moved):
                 await self._wait()
                 self._turn()
         finally:
@@ -118,6 +120,8 @@ class Service:
         self.publisher.mark("network")
         await self.transport.start("", endpoint.port)
         self._started = True
+        if facts.endpoint is not None:
+            self._watching = asyncio.ensure_future(self._watch_address(facts.endpoint.host))
         self.carrier.open_cluster_channel()
         if not known.closed:
             await self._open_formation(me, key)
@@ -140,6 +144,12 @@ class Service:
         for task in rest:
             task.cancel()
         return None if self._stopped else look()
+
+    async def _watch_address(self, known: str) -> None:
+        """End this run once the address is gone and another is there; `run` begins the next."""
+        wanted = self.document
+        self.moved = (await host.wait_for_address(wanted.interface, wanted.cidr, known)).host
+        self._wake.set()
 
     def _me(self, facts: host.Facts, node_id: str, endpoint: Endpoint, *, voter: bool) -> Self:
         ranks = [i for i, m in enumerate(self.document.prefer) if facts.matches(m)]
@@ -197,6 +207,8 @@ class Service:
             await provider.start(me.endpoint, found, stranger)
 
     async def _end(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
         for task in self._announcing.values():
             task.cancel()
         for provider in self.providers:
@@ -333,7 +345,12 @@ def run(root: Path) -> int:
             return 0
         for warning in document.warnings:
             journal.say(warning, priority=WARNING)
-        return asyncio.run(Service(root, document, journal, publisher).run())
+        while True:
+            service = Service(root, document, journal, publisher)
+            code = asyncio.run(service.run())
+            if not service.moved:
+                return code
+            journal.say(f"This host's address is now {service.moved}: starting anew with it.")
     except UserError as error:
         publisher.end_early("failed", str(error), code="CONFIGURATION")
         return error.code

@@ -116,7 +116,8 @@ def _usable(address: Address, network: Network, interface: str, cidr: str) -> bo
 async def wait_for_address(interface: str = "", cidr: str = "", known: str = "") -> Address:
     """Return the chosen address as soon as there is one; no polling.
 
-    With `known`, the address in use: return once that one is gone and another is chosen.
+    With `known`, the address in use: return once that one is gone and another is chosen. A
+    link-local one is only chosen in place of another such, and left as soon as there is better.
     Raises UserError as `choose` does, unless an address is known already.
     """
     loop = asyncio.get_running_loop()
@@ -140,15 +141,21 @@ async def wait_for_address(interface: str = "", cidr: str = "", known: str = "")
 
 
 def _choose_other(network: Network, interface: str, cidr: str, known: str) -> Address | None:
-    for address in network.addresses:
-        if address.host == known and _usable(address, network, interface, cidr):
-            return None  # still there; a better one is no reason to move
+    """What `choose` says, if it is a reason to leave `known`: a link-local address rarely is."""
+    passing = bool(known) and Address(known, "").ip.is_link_local
+    here = [a for a in network.addresses if a.host == known]
+    still = any(_usable(a, network, interface, cidr) for a in here)
+    if still and not passing:
+        return None  # a better one is no reason to move
     try:
-        return choose(network, interface, cidr)
+        found = choose(network, interface, cidr)
     except UserError:
         if known:
             return None
         raise
+    if known and found is not None and found.ip.is_link_local and (still or not passing):
+        return None  # all there is between two leases of DHCP
+    return found
 
 
 # ---------------------------------------------------------------- rows of the kernel's tables

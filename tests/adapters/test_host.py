@@ -26,6 +26,7 @@ from firstboot.host import (
     Network,
     StateDirectory,
     StorageFailed,
+    address,
     choose,
     facts,
     look,
@@ -685,6 +686,29 @@ def test_waiting_answers_at_once_if_there_is_one() -> None:
             asyncio.run(asyncio.wait_for(wait_for_address(), 0.1))
     else:
         assert asyncio.run(asyncio.wait_for(wait_for_address(), 10)) == expected
+
+
+@pytest.mark.parametrize(
+    ("known", "there", "other"),
+    [
+        ("", ["fe80::1%eth0"], "fe80::1%eth0"),
+        ("10.0.0.1", ["fe80::1%eth0"], None),  # between two leases
+        ("10.0.0.1", ["fe80::1%eth0", "10.0.0.2"], "10.0.0.2"),
+        ("10.0.0.1", ["fe80::1%eth0", "10.0.0.1", "10.0.0.2"], None),
+        ("fe80::1%eth0", ["fe80::1%eth0"], None),
+        ("fe80::1%eth0", ["fe80::1%eth0", "10.0.0.1"], "10.0.0.1"),  # DHCP came late
+        ("fe80::1%eth0", ["fe80::2%eth0"], "fe80::2%eth0"),
+        ("169.254.7.7", ["10.0.0.1"], "10.0.0.1"),
+        ("10.0.0.1", [], None),
+    ],
+)
+def test_when_another_address_is_a_reason_to_move(
+    known: str, there: list[str], other: str | None
+) -> None:
+    addresses = tuple(Address(text, "eth0") for text in there)
+    network = Network((Interface("eth0"),), addresses, ("eth0",))
+    found = address._choose_other(network, "", "", known)
+    assert (found and found.host) == other
 
 
 # ---------------------------------------------------------------- status

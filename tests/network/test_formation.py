@@ -158,6 +158,20 @@ def test_a_late_address_is_waited_for_and_used(tmp_path: Path) -> None:
         assert len(hosts.clusters()) == 1
 
 
+def test_an_address_that_changes_is_followed(tmp_path: Path) -> None:
+    """DHCP gives another address while the host waits: the old one is no way to reach it."""
+    with Hosts(2, tmp_path) as hosts:
+        hosts.start(1)
+        wait_until(lambda: hosts[1].state == "waiting", 30, "host 1 waits")
+        hosts.network.take_address(1, hosts[1].address)
+        hosts.network.give_address(1, "10.77.0.61")
+        wait_until(lambda: hosts[1].status["address"] == "10.77.0.61", 30, "it says the new one")
+        hosts.start(2)
+        hosts.wait_running()
+        assert len(hosts.clusters()) == 1
+        assert "10.77.0.61: starting anew" in hosts[1].log
+
+
 def test_strangers_disturb_nobody(tmp_path: Path) -> None:
     with Hosts(3, tmp_path) as hosts:
         hosts.start(1, 2)
