@@ -3,6 +3,7 @@
 # make test       setup, the machine image, and every test there is
 # make machines   only the tests on real machines
 # make sim        the simulator at length: SEEDS=500 JOBS=2
+# make chaos      real processes, killed, cut off and moved: RUNS=20 JOBS=2
 # make explore    every interleaving of three voters, in larger bounds than the tests'
 # make demo       watch HOSTS=3 machines become a cluster; KEEP=1 leaves them running
 # make image      the image the machines boot from, under build/image
@@ -14,7 +15,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup packages check test machines sim explore demo image install lock clean
+.PHONY: help setup packages check test machines sim chaos explore demo image install lock clean
 
 PREFIX ?= /usr
 DESTDIR ?=
@@ -24,6 +25,9 @@ HOSTS ?= 3
 MASTERS ?= 1
 KEEP ?=
 SEEDS ?= 500
+RUNS ?= 20
+SEED ?= 0
+REPORT ?=
 JOBS ?= $(shell nproc)
 
 # Machines, namespaces and mounts need root.
@@ -101,6 +105,10 @@ machines: image
 
 sim: setup
 	$(VENV)/python -m tests.sim --seeds $(SEEDS) --jobs $(JOBS)
+
+chaos: setup
+	$(SUDO) $(VENV)/python -m tests.network.chaos --runs $(RUNS) --jobs $(JOBS) --seed $(SEED) \
+		$(if $(REPORT),--report $(REPORT))
 
 explore: setup
 	$(VENV)/python -m tests.spec
