@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from firstboot.protocol.errors import FirstbootError, UserError
+from firstboot.protocol.model import MAX_HOSTS
 
 if TYPE_CHECKING:  # 8 ms to import and use, which the host that boots need not spend
     import argparse
 
 OK, FAILED, WAITING, USAGE, CONFIGURATION = 0, 1, 2, 64, 78
+MAX_WINDOW = 30 * 86_400.0  # seconds that `admit` may wait
+MAX_LINE = 4096
 EXIT_CODES = """exit codes:
   0   done: the host runs its role, or is not configured; the file is valid
   1   failed
@@ -106,12 +109,38 @@ def _parser() -> argparse.ArgumentParser:
     validate = add("validate", _validate, "check a configuration, on any machine")
     validate.add_argument("file", metavar="FILE", help="a document, a cloud-config or an Ignition")
     add("token", _token, "make a token for a new document")
+    admit = add("admit", _admit, "on the master: let late hosts in, by a one-time token")
+    admit.add_argument("--hosts", type=_count, default=1, help="how many (1)")
+    admit.add_argument("--window", type=_duration, default=3600.0, help="for how long (1h)")
+    join = add("join", _join, "on a late host: join by the one-time token, read from stdin")
     timeline = add("timeline", _timeline, "tell how long each phase took on this host")
     replay = add("replay", _replay, "run a recorded history through the core again")
     replay.add_argument("file", metavar="FILE", help="a history.jsonl from /var/lib/firstboot")
-    for sub in (run, status, timeline):
+    for sub in (run, status, admit, join, timeline):
         sub.add_argument("--root", type=Path, default=Path("/"), help=argparse.SUPPRESS)
     return parser
+
+
+def _count(text: str) -> int:
+    import argparse
+
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:6]) <= MAX_HOSTS:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {MAX_HOSTS}")
+    return int(text)
+
+
+def _duration(text: str) -> float:
+    import argparse
+
+    from firstboot import userdata
+
+    try:
+        seconds = userdata.seconds(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MAX_WINDOW:
+        raise argparse.ArgumentTypeError("must be a duration up to 30d, such as 1h")
+    return seconds
 
 
 # ---------------------------------------------------------------- verbs
@@ -173,6 +202,28 @@ def _token(_options: argparse.Namespace) -> int:
     from firstboot import userdata
 
     print(userdata.make_token())
+    return OK
+
+
+def _admit(options: argparse.Namespace) -> int:
+    from firstboot import admission
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    return admission.admit(options.root, options.hosts, options.window, say)
+
+
+def _join(options: argparse.Namespace) -> int:
+    from firstboot import admission
+
+    if sys.stdin.isatty():
+        import getpass
+
+        text = getpass.getpass("One-time token: ")
+    else:
+        text = sys.stdin.buffer.readline(MAX_LINE).decode(errors="replace")
+    print(admission.join(options.root, text.strip()))
     return OK
 
 

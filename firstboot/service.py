@@ -42,6 +42,8 @@ RANK_WITHOUT_PREFERENCE = 1000
 class Service:
     """One run of ``firstboot run``: from a document to a host that runs its role."""
 
+    admits = ""  # what discovery says of this host, see `Context`
+
     def __init__(
         self, root: Path, document: Document, journal: Journal, publisher: Publisher
     ) -> None:
@@ -104,17 +106,9 @@ class Service:
         facts = await self._facts()
         if facts is None:
             return
-        note = self.directory.adopt(facts.machine)
-        if note:
-            self.journal.say(f"{note[:1].upper()}{note[1:]}.", priority=WARNING)
-        stored = self.directory.load()
-        key = self.directory.load_identity_key()
-        if stored is None or key is None:
-            key = pki.make_key()
-            stored = self.directory.begin(key, facts.machine)
-        known = stored.stored if isinstance(stored, host.LostState) else stored
+        key, known, voter = self._memory(facts)
         endpoint = facts.endpoint or Endpoint("127.0.0.1", facts.port)
-        me = self._me(facts, pki.node_id(key), endpoint, voter=known is stored)
+        me = self._me(facts, pki.node_id(key), endpoint, voter=voter)
         self._make_core(me, known)
         self.carrier = Carrier(self.root, self.directory, self.transport, self.core)
         self.publisher.mark("network")
@@ -126,6 +120,19 @@ class Service:
         if not known.closed:
             await self._open_formation(me, key)
 
+    def _memory(self, facts: host.Facts) -> tuple[bytes, Stored, bool]:
+        """Its identity key, what it must not forget, and whether it still knows its votes."""
+        note = self.directory.adopt(facts.machine)
+        if note:
+            self.journal.say(f"{note[:1].upper()}{note[1:]}.", priority=WARNING)
+        stored = self.directory.load()
+        key = self.directory.load_identity_key()
+        if stored is None or key is None:
+            key = pki.make_key()
+            stored = self.directory.begin(key, facts.machine)
+        known = stored.stored if isinstance(stored, host.LostState) else stored
+        return key, known, known is stored
+
     async def _facts(self) -> host.Facts | None:
         """This host's facts, as soon as it has an address; None if asked to stop before."""
         wanted = self.document
@@ -134,7 +141,7 @@ class Service:
             return host.facts(self.root, wanted.interface, wanted.cidr, wanted.port)
 
         facts = look()
-        if facts.endpoint is not None or wanted.config.expect == 1:
+        if facts.endpoint is not None or (wanted.config.expect == 1 and not wanted.late):
             return facts  # a cluster of one needs no network
         where = wanted.interface or wanted.cidr
         self.publisher.waiting_for_address(wanted.config.cluster, where)
@@ -153,6 +160,7 @@ class Service:
 
     def _me(self, facts: host.Facts, node_id: str, endpoint: Endpoint, *, voter: bool) -> Self:
         ranks = [i for i, m in enumerate(self.document.prefer) if facts.matches(m)]
+        late = self.document.late and not self.admits
         return Self(
             node_id=node_id,
             boot=secrets.token_hex(8),
@@ -160,7 +168,8 @@ class Service:
             endpoint=endpoint,
             rank=ranks[0] if ranks else RANK_WITHOUT_PREFERENCE,
             eligible=not any(facts.matches(m) for m in self.document.never),
-            voter=voter,
+            voter=voter and not late,
+            late=late,
         )
 
     def _make_core(self, me: Self, stored: Stored) -> None:
@@ -192,7 +201,7 @@ class Service:
         self.publisher.mark("listening")
         gc.freeze()  # modules and the like stay; what comes now is looked through again
         gc.enable()
-        context = Context(tag=bootstrap.tag, formation_id=document.formation_id, boot=me.boot)
+        context = Context(bootstrap.tag, document.formation_id, me.boot, self.admits)
 
         def stranger(kind: str, source: str) -> None:
             self.put(events.StrangerSeen(kind, source))
@@ -330,6 +339,10 @@ class Service:
         for provider in self.providers:
             task = asyncio.ensure_future(provider.stop())
             self._announcing[f"stop {provider.name}"] = task
+        try:  # it is worthless by now, but the next start would take it for this host's token
+            host.remove_durably(self.root / userdata.JOIN)
+        except FirstbootError as error:
+            self.journal.say(f"{error}.", priority=WARNING)
         self.journal.say("Admission is closed: the token opens nothing on this host any more.")
 
 

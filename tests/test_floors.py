@@ -43,8 +43,9 @@ UPPER = {
     "publisher": {"discovery", "host", "journal"},
     "replay": {"payloads"},
     "service": {*ADAPTERS, "carrier", "journal", "payloads", "publisher"},
+    "admission": {"host", "journal", "pki", "publisher", "service", "units", "userdata"},
     "words": {"host", "units", "userdata"},
-    "cli": {"replay", "service", "userdata", "words"},
+    "cli": {"admission", "replay", "service", "userdata", "words"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -18,12 +18,14 @@ class Context:
     """What providers publish: nothing secret.
 
     `tag` follows from the token without revealing it, `formation_id` names the formation, `boot`
-    is this process's nonce in hex.
+    is this process's nonce in hex. `admits` is this host's name while it is the master of an active
+    cluster and lets hosts in with a one-time token, else empty.
     """
 
     tag: str
     formation_id: str
     boot: str
+    admits: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from firstboot.discovery.interface import Context, Found, ProviderReport, Stranger
 from firstboot.protocol.errors import LocalError
-from firstboot.protocol.model import Endpoint
+from firstboot.protocol.model import LABEL, Endpoint
 
 if TYPE_CHECKING:  # 30 ms to import, so only once there is something to announce
     from zeroconf import RecordUpdate, ServiceInfo, Zeroconf
@@ -96,7 +96,11 @@ class Sieve:
                 self._tell(label, endpoint)
             elif endpoint.host not in self._strangers and len(self._strangers) < MAX_STRANGERS:
                 self._strangers.add(endpoint.host)
-                self._stranger("token", endpoint.host)
+                master = text.get("m", "")
+                if LABEL.match(master):
+                    self._stranger("admits", f"{master} at {endpoint.host}")
+                else:
+                    self._stranger("token", endpoint.host)
 
     def _tell(self, label: str, endpoint: Endpoint) -> None:
         _remember(self.peers, label, endpoint)
@@ -336,12 +340,15 @@ def _service(context: Context, own: Endpoint) -> ServiceInfo:
     from zeroconf import ServiceInfo
 
     address = ipaddress.ip_address(own.host.partition("%")[0])
+    said = {"v": VERSION, "f": formation_text(context.formation_id), "t": context.tag}
+    if context.admits:
+        said["m"] = context.admits  # whom to ask for a one-time token; a hint, like all of this
     return ServiceInfo(
         TYPE,
         f"{context.boot}.{TYPE}",
         addresses=[address.packed],
         port=own.port,
-        properties={"v": VERSION, "f": formation_text(context.formation_id), "t": context.tag},
+        properties=said,
         server=f"{context.boot}.local.",
     )
 

@@ -5,7 +5,7 @@ process runs in.
 """
 
 from firstboot.host.address import Address, Interface, Network, choose, survey, wait_for_address
-from firstboot.host.durable import StorageFailed, write_durably
+from firstboot.host.durable import StorageFailed, make_directory, remove_durably, write_durably
 from firstboot.host.facts import Facts, facts, node_name
 from firstboot.host.machine import Machine, look
 from firstboot.host.state import LostState, StateDirectory
@@ -23,8 +23,10 @@ __all__ = [
     "choose",
     "facts",
     "look",
+    "make_directory",
     "node_name",
     "read_status",
+    "remove_durably",
     "survey",
     "wait_for_address",
     "write_durably",

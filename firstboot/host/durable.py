@@ -57,6 +57,16 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
         _replace(path, data, mode, durable=True)
 
 
+def remove_durably(path: Path) -> None:
+    """Remove `path`, should it be there; when this returns, it stays away. Raises StorageFailed."""
+    with storage(f"remove {path}"):
+        try:
+            path.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        sync_directory(path.parent)
+
+
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
     """As `write_durably` without fsync: for file systems that do not outlive a power cut."""
     with storage(f"write {path}"):

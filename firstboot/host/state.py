@@ -49,10 +49,11 @@ class LostState:
 class StateDirectory:
     """The files under ``<root>/var/lib/firstboot``; one process at a time works on them.
 
+    With `working` False this is for reading beside that process: nothing is made or swept.
     Every method that touches the disk raises StorageFailed with the reason in words.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, working: bool = True) -> None:
         self.path = root / "var/lib/firstboot"
         self._state = self.path / "state.json"
         self._key = self.path / "identity.key"
@@ -61,7 +62,8 @@ class StateDirectory:
         self._complete = self.path / "complete"  # named in firstboot.service as well
         self._secrets = self.path / "secrets"
         self._issued = self.path / "issued"
-        self._prepare()
+        if working:
+            self._prepare()
 
     def _prepare(self) -> None:
         with storage(f"prepare {self.path}"):

@@ -24,9 +24,10 @@ class PeerFound:
 
 @dataclass(frozen=True, slots=True)
 class StrangerSeen:
-    """Somebody who is not of this formation: `kind` is ``token``, ``garbage`` or ``flood``.
+    """Somebody not of this formation: `kind` is ``token``, ``admits``, ``garbage`` or ``flood``.
 
-    ``token`` means the same cluster name and formation with another token.
+    ``token`` means the same cluster name and formation with another token; ``admits`` that it says
+    to be the master of an active cluster which lets hosts in: `source` is its name and address.
     """
 
     kind: str

@@ -227,7 +227,8 @@ class Self:
     ``boot`` is a nonce made anew at every start of the process; the same node id with another
     nonce at the same time is a cloned identity. ``rank`` is the operator's preference, lower
     first; ``eligible`` is False where `election.never` matches. ``voter`` is False for a host
-    that lost its votes: it joins but takes no part in deciding.
+    that lost its votes, and for one that is ``late``, for it holds a one-time token of a cluster
+    that exists: such a host joins but takes no part in deciding.
     """
 
     node_id: str
@@ -237,6 +238,7 @@ class Self:
     rank: int = 1000
     eligible: bool = True
     voter: bool = True
+    late: bool = False
 
     def __post_init__(self) -> None:
         require(bool(NODE_ID.match(self.node_id)), "a host needs a node id")

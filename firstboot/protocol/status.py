@@ -167,6 +167,10 @@ def sentence(core: Assembly) -> tuple[str, str]:
             return _running(core)
 
 
+_ADMIT = (
+    "`firstboot admit` must be running there; if it has ended, run it again, then `firstboot join`"
+    " here."
+)
 _CLONE = "If its disk was copied from another host, remove /var/lib/firstboot and reboot."
 
 
@@ -175,6 +179,9 @@ def _present(core: Assembly) -> str:
 
 
 def _discovering(core: Assembly) -> tuple[str, str]:
+    if core.me.late:
+        text = "This host holds a one-time token; looking for the master that lets it in."
+        return text, f"`firstboot admit` must be running on it; {_ports(core)}"
     missing = core.quorum - core.present_voters()
     text = f"{_present(core)}; waiting for {missing} more"
     if core.quorum > core.config.expect:
@@ -188,11 +195,15 @@ def _discovering(core: Assembly) -> tuple[str, str]:
         grace = f"{core.config.grace:.0f} s after a majority was first together"
         text += f"; {grace}, it forms the cluster without them"
     hint = (
-        f"Boot the missing hosts with this same document; between hosts UDP 5353 (mDNS) and"
-        f" TCP {core.me.endpoint.port} must be open. A cluster that closed its admission"
-        " answers no more."
+        f"Boot the missing hosts with this same document; {_ports(core)} If the cluster exists"
+        " already: `firstboot admit` on its master, then `firstboot join` here."
     )
     return text + ".", hint
+
+
+def _ports(core: Assembly) -> str:
+    port = core.me.endpoint.port
+    return f"between hosts UDP 5353 (mDNS) and TCP {port} must be open."
 
 
 def _deciding(core: Assembly) -> tuple[str, str]:
@@ -210,8 +221,10 @@ def _enrolling(core: Assembly) -> tuple[str, str]:
     value = core.decided
     master = f"{value.founder.name} at {value.founder.host}" if value else "the master"
     if core.enrolled:
-        return f"Enrolled; waiting for {master} to report that the cluster is active.", ""
-    return f"The master is {master}; waiting for it to sign this host's certificates.", ""
+        text = f"Enrolled; waiting for {master} to report that the cluster is active."
+        return text, _ADMIT if core.me.late else ""
+    text = f"The master is {master}; waiting for it to sign this host's certificates."
+    return text, _ADMIT if core.me.late else ""
 
 
 def _signing(core: Assembly) -> tuple[str, str]:
@@ -273,7 +286,7 @@ def _fatal(core: Assembly) -> list[Problem]:
         )
         hint = "Launch all hosts anew, with the right expect."
         found.append(Problem("OVERLAUNCHED", text, hint))
-    if not core.me.voter:
+    if not core.me.voter and not core.me.late:
         text = "This host lost its state, so it votes no more and only joins."
         hint = "Nothing to do while the others are a majority."
         found.append(Problem("LOST_STATE", text, hint, blocking=False))
@@ -299,8 +312,11 @@ def _local(core: Assembly) -> list[Problem]:
 
 def _about_peers(core: Assembly) -> list[Problem]:
     found = []
-    tokens = sorted(s for s, kind in core.strangers.items() if kind == "token")
-    if tokens:
+    tokens = sorted(s for s, kind in core.strangers.items() if kind in ("token", "admits"))
+    admits = sorted(s for s, kind in core.strangers.items() if kind == "admits")
+    if admits and _may_be_late(core):
+        found.append(_join_problem(core, admits))
+    elif tokens:
         found.append(_token_problem(core, tokens))
     for peer in core.peers.values():
         if peer.mismatch and Channel.BOOTSTRAP in peer.channels:
@@ -323,9 +339,31 @@ def _about_peers(core: Assembly) -> list[Problem]:
     return found
 
 
+def _may_be_late(core: Assembly) -> bool:
+    """Whether this host is in no cluster, and meets nobody who is."""
+    met = (p.hello.decided for p in core.present_peers() if p.hello is not None)
+    return not core.enrolled and not any(value is not None and value.active for value in met)
+
+
+def _join_problem(core: Assembly, masters: list[str]) -> Problem:
+    """What a stranger says can be a lie: this is a hint for people and changes nothing else."""
+    where = ", ".join(masters[:3])
+    cluster = core.config.cluster
+    text = f"Cluster {cluster} is active already; {where} lets hosts in by a one-time token."
+    if core.me.late:
+        text = f"This host's one-time token is not the one that {where} lets hosts in with."
+    hint = (
+        "Run `firstboot join` here, with the token that `firstboot admit` shows on that master."
+        " If it has ended there, run it again."
+    )
+    return Problem("JOIN_NEEDS_TOKEN", text, hint, blocking=not core.present_peers())
+
+
 def _token_problem(core: Assembly, sources: list[str]) -> Problem:
     where = ", ".join(sources[:3]) + (", …" if len(sources) > 3 else "")
     hint = "Give all hosts the same token; firstboot never shows it."
+    if core.decided is None:
+        hint += " A cluster that is active already: `firstboot admit` there, `firstboot join` here."
     alone = core.decided is None and core.present_voters() <= 1
     if alone:
         text = f"This host's token does not match that of {where}, of the same formation."

@@ -11,18 +11,22 @@ Importing this loads neither yaml nor fastjsonschema; the first use does.
 """
 
 from firstboot.userdata.carried import parse
-from firstboot.userdata.document import Document, ProviderSpec
-from firstboot.userdata.places import explain, find, read_file
-from firstboot.userdata.token import Secret, check_token, make_token
+from firstboot.userdata.document import Document, ProviderSpec, seconds
+from firstboot.userdata.places import JOIN, explain, find, read_file
+from firstboot.userdata.token import ONE_TIME, Secret, check_token, is_one_time, make_token
 
 __all__ = [
+    "JOIN",
+    "ONE_TIME",
     "Document",
     "ProviderSpec",
     "Secret",
     "check_token",
     "explain",
     "find",
+    "is_one_time",
     "make_token",
     "parse",
     "read_file",
+    "seconds",
 ]

@@ -13,8 +13,8 @@ from typing import Any
 from firstboot.protocol.errors import UserError
 from firstboot.protocol.model import ClusterConfig, Endpoint
 from firstboot.userdata.reading import Place, Said, merged, texts
-from firstboot.userdata.rules import check, dotted, filled, wrong
-from firstboot.userdata.token import HIDDEN, REMEDY, TOKEN, Secret, check_token
+from firstboot.userdata.rules import check, dotted, filled, rule_for, wrong
+from firstboot.userdata.token import HIDDEN, REMEDY, TOKEN, Secret, check_token, is_one_time
 
 UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 SHARED = ("cluster", "expect", "masters", "payload", "formation")
@@ -54,6 +54,11 @@ class Document:
         """``cluster`` or ``cluster/formation``: one reading only, a DNS label has no slash."""
         name = self.config.cluster
         return f"{name}/{self.config.formation}" if self.config.formation else name
+
+    @property
+    def late(self) -> bool:
+        """Whether the token is a one-time token: the cluster exists, and this host joins it."""
+        return is_one_time(self.token.reveal())
 
 
 def make(layers: Sequence[Said], sources: Sequence[str], warnings: Sequence[str]) -> Document:
@@ -119,6 +124,13 @@ def _config(full: Mapping[str, Any], options: Mapping[str, str]) -> ClusterConfi
         join_window=window / 1000,
         agreed=hashlib.sha256(canonical).hexdigest(),
     )
+
+
+def seconds(text: str) -> float:
+    """A duration as the document has them, such as ``90m``; ValueError if it is none."""
+    if not re.fullmatch(rule_for(("join", "window"))["pattern"], text):
+        raise ValueError("not a duration")
+    return _milliseconds(text) / 1000
 
 
 def _milliseconds(text: str) -> int:

@@ -14,6 +14,7 @@ from firstboot.userdata.reading import MAX_BYTES, Said, children, compose, read,
 DEFAULTS = "usr/lib/firstboot/config.d"
 CONFIG = "etc/firstboot/config.yaml"
 DROP_INS = ("etc/firstboot/config.d", "run/firstboot/config.d")
+JOIN = f"{DROP_INS[0]}/90-join.yaml"  # the one-time token, from `firstboot join` until it joined
 ENABLED, DISABLED = "run/cloud-init/enabled", "run/cloud-init/disabled"  # its generator's markers
 COMBINED = "run/cloud-init/combined-cloud-config.json"  # cloud-init 23.3 and newer
 MERGED = "var/lib/cloud/instance/cloud-config.txt"

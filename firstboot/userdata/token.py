@@ -1,4 +1,8 @@
-"""The token: one secret all hosts share. Strong, checksummed, never shown."""
+"""The token: one secret all hosts share. Strong, checksummed, never shown.
+
+A one-time token looks different, so that a host knows by it that its cluster exists already: such
+a host joins and never votes (ADR 9).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from firstboot.protocol.errors import UserError
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u
 BODY, CHECK, GROUP = 32, 4, 6  # characters of 5 bits: 160 random bits, 20 bits of checksum
-TOKEN = re.compile(rf"fb1(-[{ALPHABET}]{{6}}){{6}}")
+FORMATION, ONE_TIME = "fb1", "fb1j"  # the prefixes
+TOKEN = re.compile(rf"fb1j?(-[{ALPHABET}]{{6}}){{6}}")
 # Words with a letter or sign outside the alphabet, so no real token can contain one by chance.
 PLACEHOLDER = re.compile(r"…|\.\.\.|<|changeme|change-me|replace|example|placeholder|token", re.I)
 HIDDEN = "***"
@@ -41,18 +46,23 @@ class Secret:
         return hash(self._text)
 
 
-def make_token() -> str:
+def make_token(prefix: str = FORMATION) -> str:
     """A new token: prefix, 160 bits from the system's CSPRNG, checksum; in groups of six."""
     import secrets
 
     body = "".join(secrets.choice(ALPHABET) for _ in range(BODY))
-    return assemble(body)
+    return assemble(body, prefix)
 
 
-def assemble(body: str) -> str:
+def assemble(body: str, prefix: str = FORMATION) -> str:
     """The token with these 32 characters: prefix and checksum added, grouped."""
-    text = body + _checksum(body)
-    return "-".join(["fb1", *(text[i : i + GROUP] for i in range(0, len(text), GROUP))])
+    text = body + _checksum(prefix, body)
+    return "-".join([prefix, *(text[i : i + GROUP] for i in range(0, len(text), GROUP))])
+
+
+def is_one_time(text: str) -> bool:
+    """Whether this token, which was checked, is one that ``firstboot admit`` made."""
+    return text.startswith(f"{ONE_TIME}-")
 
 
 def check_token(text: str, where: str = "") -> None:
@@ -63,10 +73,11 @@ def check_token(text: str, where: str = "") -> None:
 
 
 def _complaint(text: str) -> str:
-    body = text[4:].replace("-", "")
+    prefix, _, rest = text.partition("-")
+    body = rest.replace("-", "")
     if not text or PLACEHOLDER.search(text):
         return "is a placeholder"
-    if not text.startswith("fb1-"):
+    if prefix not in (FORMATION, ONE_TIME) or not rest:
         return "does not start with fb1-"
     if len(body) < BODY + CHECK:
         return "is too short: it is weak or was cut off"
@@ -74,12 +85,13 @@ def _complaint(text: str) -> str:
     # 32 random characters hold about 20 different ones; fewer than 8 never happens by chance.
     if len(set(body)) < 8 or any(body[p:] == body[:-p] for p in range(1, BODY // 2 + 1)):
         return "is a repeated pattern"
-    if not TOKEN.fullmatch(text) or check != _checksum(body):
+    if not TOKEN.fullmatch(text) or check != _checksum(prefix, body):
         return "was mistyped: its checksum does not fit"
     return ""
 
 
-def _checksum(body: str) -> str:
-    digest = hashlib.sha256(b"firstboot token 1 " + body.encode(errors="replace")).digest()
+def _checksum(prefix: str, body: str) -> str:
+    said = f"firstboot token {prefix.removeprefix('fb')} {body}"
+    digest = hashlib.sha256(said.encode(errors="replace")).digest()
     number = int.from_bytes(digest[:4], "big")
     return "".join(ALPHABET[number >> 5 * i & 31] for i in range(CHECK))

@@ -29,6 +29,7 @@ class Host:
         self.network, self.number, self.root = network, number, root
         self.address = network.address(number)
         self.process: subprocess.Popen[str] | None = None
+        self.environment: dict[str, str] = {}  # beside the test's own
         (root / "etc/firstboot").mkdir(parents=True)
         (root / "etc/machine-id").write_text(f"{number:032x}\n")
         (root / "run").mkdir()
@@ -48,6 +49,7 @@ class Host:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=PROJECT,
+                env={**os.environ, **self.environment},
             )
 
     def kill(self) -> None:
