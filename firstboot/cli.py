@@ -83,6 +83,8 @@ def _complain(error: FirstbootError) -> None:
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
+    from firstboot import container_verbs
+
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise UserError(message, hint=f"see {self.prog} --help", code=USAGE)
@@ -116,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     timeline = add("timeline", _timeline, "tell how long each phase took on this host")
     replay = add("replay", _replay, "run a recorded history through the core again")
     replay.add_argument("file", metavar="FILE", help="a history.jsonl from /var/lib/firstboot")
+    text = "system containers: install, update, roll back, remove, list, check"
+    container_verbs.declare(verbs.add_parser("containers", help=text, description=text), print)
     for sub in (run, status, admit, join, timeline):
         sub.add_argument("--root", type=Path, default=Path("/"), help=argparse.SUPPRESS)
     return parser

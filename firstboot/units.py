@@ -174,6 +174,34 @@ class Systemd:
             if verdict != "active":
                 raise self._failed(bus, unit, path, verdict, following.last)
 
+    def stop(self, unit: str, deadline: float) -> None:
+        """Stop a unit and return once it has ended; SystemdFailed after `deadline` seconds.
+
+        One that does not run, or is not there, has ended.
+        """
+        until = time.monotonic() + deadline
+        with self._connection() as bus, self._connection() as watcher:
+            path = str(bus.manager("LoadUnit", "s", unit))
+            watch = _Watch(watcher, path, self._cancelled)
+            try:
+                bus.manager("StopUnit", "ss", unit, "replace")
+            except _BusError as error:
+                if error.name == f"{_NAME}.NoSuchUnit":
+                    return
+                raise
+            while True:
+                seen = bus.properties(path, _UNIT)
+                if int(seen["Job"][0]) == 0 and seen["ActiveState"] in ("inactive", "failed"):
+                    return
+                if not watch.wait(until):
+                    raise SystemdFailed(f"{unit} did not stop within {deadline:.0f} s")
+
+    def disable(self, unit: str) -> None:
+        """Have a unit not started at later boots; nothing if it is not enabled, or not there."""
+        with self._connection() as bus:
+            if bus.manager("DisableUnitFiles", "asb", [unit], False):
+                bus.manager("Reload", "")
+
     # ------------------------------------------------------------ failures in words
 
     def _failed(

@@ -45,7 +45,8 @@ UPPER = {
     "service": {*ADAPTERS, "carrier", "journal", "payloads", "publisher"},
     "admission": {"host", "journal", "pki", "publisher", "service", "units", "userdata"},
     "words": {"host", "units", "userdata"},
-    "cli": {"admission", "replay", "service", "userdata", "words"},
+    "container_verbs": {"containers", "units"},
+    "cli": {"admission", "container_verbs", "replay", "service", "userdata", "words"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -1,20 +1,38 @@
-"""Atomic system containers: install, replace in place, remove, list. Nothing here talks to systemd.
+"""Atomic system containers: install, update, roll back, remove, list; not their units' life.
 
 An image with ``/exports`` becomes a root file system, an OCI ``config.json`` and a systemd unit
 that runs runc or crun in that directory; no container daemon is involved.
 """
 
-from firstboot.containers.install import Installed, Removed, info, install, installed, uninstall
+from firstboot.containers.image import default_name
+from firstboot.containers.install import (
+    Installed,
+    Removed,
+    info,
+    install,
+    installed,
+    pull,
+    rollback,
+    uninstall,
+    update,
+)
+from firstboot.containers.lint import Finding, lint
 from firstboot.containers.store import Container
 from firstboot.containers.tools import ContainerError
 
 __all__ = [
     "Container",
     "ContainerError",
+    "Finding",
     "Installed",
     "Removed",
+    "default_name",
     "info",
     "install",
     "installed",
+    "lint",
+    "pull",
+    "rollback",
     "uninstall",
+    "update",
 ]

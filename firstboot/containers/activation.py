@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from firstboot.containers import disk, hostfs
+from firstboot.containers import bundle, disk, hostfs
 from firstboot.containers.store import Deployment, Store, tmpfiles_copy
-from firstboot.containers.tools import run
-
-TMPFILES_SECONDS = 60.0
 
 
 def match(
@@ -32,9 +29,9 @@ def match(
     stale = _is_stale(lines_file, lines, lines_before, anew)
     if lines and (anew or stale):
         # Before the file that marks it as done.
-        _tmpfiles(store, "--create", tmpfiles_copy(now.directory, now.name))
+        bundle.tmpfiles(store.root, "--create", tmpfiles_copy(now.directory, now.name))
     tmpfiles = _follow(lines_file, lines, lines_before, anew)
-    if not record.has_service:
+    if not record.has_service and not record.remote:
         disk.wipe(now.rootfs)
     return placed or unit or tmpfiles, unit, messages
 
@@ -61,7 +58,7 @@ def withdraw(store: Store, name: str, deployments: list[Deployment]) -> tuple[li
     lines, unit = store.tmpfiles_file(name), store.unit_file(name)
     ours = store.link(name).is_symlink()
     if lines.exists() and (ours or disk.read_if_there(lines) in [d.tmpfiles for d in deployments]):
-        _tmpfiles(store, "--remove", lines)
+        bundle.tmpfiles(store.root, "--remove", lines)
         lines.unlink()
     for deployment in deployments:
         messages += hostfs.remove(store.root, deployment.record.files, {})
@@ -72,6 +69,7 @@ def withdraw(store: Store, name: str, deployments: list[Deployment]) -> tuple[li
     return messages, reload
 
 
-def _tmpfiles(store: Store, action: str, path: Path) -> None:
-    elsewhere = [] if store.root == Path("/") else ["--root", str(store.root)]
-    run(["systemd-tmpfiles", *elsewhere, action, str(path)], timeout=TMPFILES_SECONDS)
+def retire(store: Store, before: Deployment) -> None:
+    """Remove what the lines of a deployment that was stopped say is to be removed."""
+    if before.tmpfiles:
+        bundle.tmpfiles(store.root, "--remove", tmpfiles_copy(before.directory, before.name))

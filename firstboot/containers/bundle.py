@@ -13,6 +13,7 @@ from firstboot.containers.exports import read_text, render
 from firstboot.containers.tools import ContainerError, run
 
 SPEC_SECONDS = 10.0
+TMPFILES_SECONDS = 60.0
 DEFAULT_UNIT = """\
 [Unit]
 Description=$NAME
@@ -31,8 +32,13 @@ WantedBy=multi-user.target
 """
 
 
-def write_config(deployment: Path, runtime: str, values: Mapping[str, str]) -> dict[str, Any]:
-    """Write the deployment's config.json and return it; ContainerError if it cannot be run."""
+def write_config(
+    deployment: Path, runtime: str, values: Mapping[str, str], rootfs: str | None = None
+) -> dict[str, Any]:
+    """Write the deployment's config.json and return it; ContainerError if it cannot be run.
+
+    `rootfs` is a root file system elsewhere that the container uses instead of its own.
+    """
     exports = deployment / "rootfs" / "exports"
     target = deployment / "config.json"
     text = read_text(exports / "config.json")
@@ -42,9 +48,13 @@ def write_config(deployment: Path, runtime: str, values: Mapping[str, str]) -> d
         text = (
             _default_config(deployment, runtime) if raw is None else render(template, raw, values)
         )
+    config = _checked(text, values["NAME"], rootfs)
+    if rootfs and config:
+        config["root"]["path"] = rootfs
+        text = json.dumps(config, indent=4)
     # Values may be secret, and whoever may read them can read the unit's environment as root.
     write_file(target, text.encode(), 0o600)
-    return _checked(text, values["NAME"])
+    return config
 
 
 def exec_values(
@@ -101,7 +111,13 @@ def _bind_sources(config: Mapping[str, Any]) -> Iterator[str]:
             yield str(mount["source"])
 
 
-def _checked(text: str, name: str) -> dict[str, Any]:
+def tmpfiles(root: Path, action: str, path: Path) -> None:
+    """Have systemd-tmpfiles(8) do `action` for the lines in `path` on the host at `root`."""
+    elsewhere = [] if root == Path("/") else ["--root", str(root)]
+    run(["systemd-tmpfiles", *elsewhere, action, str(path)], timeout=TMPFILES_SECONDS)
+
+
+def _checked(text: str, name: str, rootfs: str | None) -> dict[str, Any]:
     try:
         config = json.loads(text)
     except ValueError as error:
@@ -113,7 +129,7 @@ def _checked(text: str, name: str) -> dict[str, Any]:
     root = config.get("root")
     if not isinstance(root, dict) or root.get("readonly") is not True:
         raise ContainerError("Only readonly images are supported")
-    if root.get("path") != "rootfs":
+    if rootfs is None and root.get("path") != "rootfs":
         raise ContainerError(f"The root path of {name} must be 'rootfs', not {root.get('path')!r}")
     mounts = config.get("mounts") or []
     if not isinstance(mounts, list) or not all(isinstance(mount, dict) for mount in mounts):

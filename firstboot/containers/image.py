@@ -1,103 +1,138 @@
-"""Image sources: OCI layouts on disk, and registries through a private layout.
+"""Image sources: where an image's reference leads, and the copy of it that this host keeps.
 
-A layout is ``oci-layout``, ``index.json`` and ``blobs/`` (OCI image layout specification 1.0).
+Copies are kept in the ostree repository if the host has one that can be used, else as OCI layouts
+in ``.storage/oci``. skopeo fetches them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 import re
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from firstboot.containers import disk
+from firstboot.containers import disk, repository
+from firstboot.containers.layout import read_layout, verified
+from firstboot.containers.store import NAME, Store
 from firstboot.containers.tools import ContainerError, run
 
-DOCUMENT_LIMIT = 4 * 1024 * 1024  # bytes; what registries accept as a manifest
-LAYER_LIMIT = 500
 PULL_SECONDS = 1800.0
-UNPACK_SECONDS = 900.0
+NAMES_LIMIT = 1024 * 1024  # bytes of an archive's list of names
 REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,400}\Z")
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
-TAG = "org.opencontainers.image.ref.name"
-INDEXES = (
-    "application/vnd.oci.image.index.v1+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json",
-)
-ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
+REMEDY = "use oci:/LAYOUT:TAG, a registry's name, docker:NAME:TAG or dockertar:/FILE"
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
-    """One image in a layout, pinned by its manifest's digest."""
-
-    reference: str
-    layout: Path
-    manifest: str
-    size: int
-    blobs: tuple[str, ...]  # digests of the configuration and of the layers, lowest first
+class Found(Protocol):
+    """An image that is on this host, complete."""
 
     @property
     def id(self) -> str:
         """The manifest's digest without its algorithm."""
-        return self.manifest.partition(":")[2]
+
+    @property
+    def commit(self) -> str | None:
+        """The commit in the ostree repository, None if it is not from one."""
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """The image's labels."""
+
+    def unpack(self, rootfs: Path) -> None:
+        """Extract the layers into the new directory `rootfs`."""
 
 
-def locate(reference: str, storage: Path) -> Image:
-    """The image that `reference` names.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where an image comes from; `origin` is skopeo's name for it.
 
-    ``oci:/layout[:tag]`` is read where it is. Anything else is a registry reference
-    (``docker://…``, ``oci:NAME``, ``http:NAME`` without TLS, ``https:NAME``, ``NAME``): it is
-    pulled into a layout under `storage`, once; a copy that is there and complete is used as is.
+    `name` is the image's own name with its tag, by which copies are known. A `layout` is read where
+    it is. `always`: a copy that is there says nothing about what the origin holds now.
     """
+
+    name: str
+    origin: str = ""
+    flags: tuple[str, ...] = ()
+    layout: Path | None = None
+    tag: str = ""
+    always: bool = False
+
+
+def locate(reference: str, store: Store) -> Found:
+    """The image that `reference` names; a copy that is there and complete is used as it is.
+
+    ``oci:/layout[:tag]`` is a layout, ``dockertar:/file`` what ``docker save`` wrote,
+    ``docker:NAME:TAG`` an image of the Docker daemon. Anything else is a registry's
+    (``docker://…``, ``oci:NAME``, ``http:NAME`` without TLS, ``https:NAME``, ``NAME``).
+    """
+    source = _source(reference)
+    repo = repository.choose(store)
+    if source.layout:
+        image = read_layout(reference, source.layout, source.tag)
+        return repo.holding(source.name, image) if repo else verified(image)
+    if not source.always and (found := _kept(reference, source, store, repo)):
+        return found
+    return _pull(reference, source, store, repo)
+
+
+def pull(reference: str, store: Store) -> Found:
+    """Fetch the image anew and keep the copy for later."""
+    source = _source(reference)
+    if source.layout:
+        return locate(reference, store)
+    return _pull(reference, source, store, repository.choose(store))
+
+
+def default_name(reference: str) -> str:
+    """The name of a container for which none was given: the image's, with a tag like ``-1.2``."""
+    name, tag = _split_tag(_source(reference).name.partition("@")[0])
+    base = name.rpartition("/")[2]
+    found = base if tag in ("", "latest") else f"{base}-{tag}"
+    if not NAME.match(found):
+        raise ContainerError(f"{reference!r} gives the container no name: choose one with --name")
+    return found
+
+
+def _source(reference: str) -> Source:
     if reference.startswith("oci:/"):
         path, tag = _split_tag(reference.removeprefix("oci:"))
-        return _open(reference, Path(path), tag)
-    source, flags = _registry_source(reference)
-    layout = storage / "oci" / _encode(source)
-    if layout.exists():
-        try:
-            return verified(_open(reference, layout, ""))
-        except ContainerError:
-            disk.wipe(layout)  # damaged: the registry has it whole
-    return _pull(reference, source, flags, layout)
+        return Source(_tagged(reference.removeprefix("oci:")), layout=Path(path), tag=tag)
+    if reference.startswith("dockertar:/"):
+        path = reference.removeprefix("dockertar:")
+        return Source(_tagged(_archived(Path(path))), f"docker-archive:{path}", always=True)
+    flags: list[str] = []
+    name, transport = reference, "docker://"
+    if reference.startswith("docker:") and not reference.startswith("docker://"):
+        name, transport = reference.removeprefix("docker:"), "docker-daemon:"
+        if ":" not in name.rpartition("/")[2]:
+            raise ContainerError(f"{reference!r} names no tag: {REMEDY}")
+    for prefix in ("docker://", "oci:", "https:", "http:"):
+        if reference.startswith(prefix):
+            name = reference.removeprefix(prefix).removeprefix("//")
+            flags = ["--src-tls-verify=false"] if prefix == "http:" else []
+            break
+    if not REFERENCE.match(name) or name.startswith("dockertar:"):
+        raise ContainerError(f"{reference!r} is not an image: {REMEDY}")
+    return Source(_tagged(name), f"{transport}{name}", tuple(flags))
 
 
-def verified(image: Image) -> Image:
-    """`image`, once every blob is there and has the content that its digest says."""
-    for digest in image.blobs:
-        path = _blob(image.layout, digest)
-        if not path.is_file():
-            raise ContainerError(f"Layer not found: {digest}.  Please pull the image again")
-        if f"sha256:{disk.sha256(path)}" != digest:
-            raise ContainerError(
-                f"Layer {digest} does not match its digest.  Please pull the image again"
-            )
-    return image
-
-
-def unpack(image: Image, rootfs: Path) -> None:
-    """Extract the layers of `image` into the new directory `rootfs`.
-
-    umoci gets a view of the layout that holds this one manifest: it needs a tag, and it may not
-    write where the image is baked in read-only.
-    """
-    verified(image)
-    view = rootfs.with_name(".layout")
-    disk.wipe(view)
-    view.mkdir()
-    media = "application/vnd.oci.image.manifest.v1+json"
-    entry = {"mediaType": media, "digest": image.manifest, "size": image.size}
-    index = {"schemaVersion": 2, "manifests": [{**entry, "annotations": {TAG: "image"}}]}
-    (view / "index.json").write_text(json.dumps(index))
-    (view / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
-    (view / "blobs").symlink_to((image.layout / "blobs").absolute())
-    run(["umoci", "raw", "unpack", "--image", f"{view}:image", str(rootfs)], timeout=UNPACK_SECONDS)
-    disk.wipe(view)
+def _archived(path: Path) -> str:
+    """The name of the image in what ``docker save`` wrote; the file's own if it says none."""
+    try:
+        with tarfile.open(path) as archive:
+            member = archive.extractfile("manifest.json")
+            raw = member.read(NAMES_LIMIT) if member else b""
+        names = json.loads(raw)[0].get("RepoTags") or []
+    except OSError as error:
+        raise ContainerError(f"{path} cannot be read: {error.strerror}") from None
+    except (tarfile.TarError, EOFError, KeyError, IndexError, ValueError, AttributeError):
+        raise ContainerError(f"{path} is not what docker save writes") from None
+    name = str(names[0]) if names else path.name.partition(".")[0]
+    if not REFERENCE.match(name):
+        raise ContainerError(f"{path} holds an image without a usable name: {name!r}")
+    return name
 
 
 def _split_tag(text: str) -> tuple[str, str]:
@@ -106,116 +141,61 @@ def _split_tag(text: str) -> tuple[str, str]:
     return f"{head}{slash}{last}", tag
 
 
-def _registry_source(reference: str) -> tuple[str, list[str]]:
-    flags: list[str] = []
-    name = reference
-    for prefix in ("docker://", "oci:", "https:", "http:"):
-        if reference.startswith(prefix):
-            name = reference.removeprefix(prefix).removeprefix("//")
-            flags = ["--src-tls-verify=false"] if prefix == "http:" else []
-            break
-    if not REFERENCE.match(name) or name.startswith(("docker:", "dockertar:")):
-        raise ContainerError(f"{reference!r} is not an image: use oci:/LAYOUT:TAG or a registry")
-    return name, flags
+def _tagged(name: str) -> str:
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
-def _encode(name: str) -> str:
-    """A file name for an image name, as Atomic names its branches: docker.io_2Fbusybox_3Alatest."""
-    if ":" not in name.rpartition("/")[2]:
-        name = f"{name}:latest"
-    return re.sub(r"[^A-Za-z0-9.-]", lambda found: f"_{ord(found.group()):02X}", name)
+def _layout_of(source: Source, store: Store) -> Path:
+    return store.storage / "oci" / repository.encode(source.name)
 
 
-def _pull(reference: str, source: str, flags: list[str], layout: Path) -> Image:
+def _kept(
+    reference: str, source: Source, store: Store, repo: repository.Repository | None
+) -> Found | None:
+    """The copy from an earlier pull, None if there is none or it is damaged."""
+    if repo:
+        return repo.image(source.name)
+    layout = _layout_of(source, store)
+    aside = layout.with_name(f".{layout.name}.old")
+    if aside.exists() and not layout.exists():
+        aside.rename(layout)  # a crash came while the next one was put in its place
+    try:
+        return verified(read_layout(reference, layout, "")) if layout.exists() else None
+    except ContainerError:
+        return None  # the origin has it whole
+
+
+def _pull(
+    reference: str, source: Source, store: Store, repo: repository.Repository | None
+) -> Found:
+    layout = _layout_of(source, store)
     partial = layout.with_name(f".{layout.name}.new")
     disk.wipe(partial)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    copy = ["skopeo", "copy", "--quiet", "--retry-times", "3", *flags]
+    argv = ["skopeo"]
+    if store.settings.registries:
+        argv.append(f"--registries.d={store.settings.registries}")
+    argv += ["copy", "--quiet", *source.flags]
+    if source.origin.startswith("docker://"):
+        argv += ["--retry-times", "3"]
+    argv += [source.origin, f"oci:{partial}:image"]
     try:
-        run([*copy, f"docker://{source}", f"oci:{partial}:image"], timeout=PULL_SECONDS)
-        verified(_open(reference, partial, ""))
+        run(argv, timeout=PULL_SECONDS, environment=store.settings.proxies)
+        image = verified(read_layout(reference, partial, ""))
+        if repo:
+            return repo.holding(source.name, image)
         disk.sync_tree(partial)
-    except ContainerError:
+        _replace(partial, layout)
+    finally:
         disk.wipe(partial)
-        raise
+    return read_layout(reference, layout, "")
+
+
+def _replace(partial: Path, layout: Path) -> None:
+    aside = layout.with_name(f".{layout.name}.old")
+    disk.wipe(aside)
+    if layout.exists():
+        layout.rename(aside)
     partial.rename(layout)
     disk.sync_directory(layout.parent)
-    return _open(reference, layout, "")
-
-
-def _open(reference: str, layout: Path, tag: str) -> Image:
-    try:
-        marker = json.loads((layout / "oci-layout").read_bytes()[:DOCUMENT_LIMIT])
-        index = json.loads(_read_document(layout / "index.json"))
-        known = str(marker["imageLayoutVersion"]).startswith("1.")
-        entries = [entry for entry in index["manifests"] if isinstance(entry, dict)]
-    except (OSError, ValueError, TypeError, KeyError):
-        raise ContainerError(f"{layout} is not an OCI image layout") from None
-    if not known:
-        raise ContainerError(f"{layout} is an OCI image layout of an unknown version")
-    return _follow(reference, layout, _choose(layout, entries, tag), depth=0)
-
-
-def _choose(layout: Path, entries: list[dict[str, Any]], tag: str) -> dict[str, Any]:
-    tags = [str((entry.get("annotations") or {}).get(TAG, "")) for entry in entries]
-    if not tag and len(entries) == 1:
-        return entries[0]
-    wanted = tag or "latest"
-    if tags.count(wanted) == 1:
-        return entries[tags.index(wanted)]
-    names = ", ".join(sorted({name for name in tags if name})) or "none"
-    raise ContainerError(f"The image layout {layout} has no tag {wanted!r}; its tags: {names}")
-
-
-def _follow(reference: str, layout: Path, entry: dict[str, Any], depth: int) -> Image:
-    digest = str(entry.get("digest"))
-    raw = _document(layout, digest)
-    try:
-        document = json.loads(raw)
-        if entry.get("mediaType") in INDEXES or "manifests" in document:
-            fitting = list(_for_this_machine(document["manifests"]))
-            if depth == 0 and fitting:
-                return _follow(reference, layout, fitting[0], depth + 1)
-            raise ContainerError(f"{reference} has no image for {platform.machine()}")
-        blobs = [document["config"]["digest"], *(layer["digest"] for layer in document["layers"])]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ContainerError(f"{reference} is not an image: its manifest is unusable") from None
-    if len(blobs) > LAYER_LIMIT or not all(DIGEST.match(str(blob)) for blob in blobs):
-        raise ContainerError(f"{reference} is not an image: its manifest is unusable")
-    return Image(reference, layout, digest, len(raw), tuple(blobs))
-
-
-def _for_this_machine(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    machine = platform.machine()
-    for entry in entries:
-        offered = entry.get("platform") or {}
-        if offered.get("architecture") == ARCHITECTURES.get(machine, machine):
-            yield entry
-
-
-def _blob(layout: Path, digest: str) -> Path:
-    return layout / "blobs" / "sha256" / digest.partition(":")[2]
-
-
-def _document(layout: Path, digest: str) -> bytes:
-    if not DIGEST.match(digest):
-        raise ContainerError(f"{layout} is not an OCI image layout: it names no SHA-256 digest")
-    try:
-        raw = _read_document(_blob(layout, digest))
-    except OSError:
-        raise ContainerError(
-            f"Manifest not found: {digest}.  Please pull the image again"
-        ) from None
-    if f"sha256:{hashlib.sha256(raw).hexdigest()}" != digest:
-        raise ContainerError(
-            f"Manifest {digest} does not match its digest.  Please pull the image again"
-        )
-    return raw
-
-
-def _read_document(path: Path) -> bytes:
-    with path.open("rb") as file:
-        raw = file.read(DOCUMENT_LIMIT + 1)
-    if len(raw) > DOCUMENT_LIMIT:
-        raise ContainerError(f"{path} is larger than {DOCUMENT_LIMIT} bytes")
-    return raw
+    disk.wipe(aside)

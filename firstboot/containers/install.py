@@ -1,4 +1,4 @@
-"""Install, replace and remove system containers, so that a crash at any point does no harm.
+"""Install, update, roll back and remove system containers; a crash at any point does no harm.
 
 A deployment is prepared beside the one in use and made durable; flipping the link is the moment
 it counts. What follows (host files, unit, tmpfiles) only makes the host match the link, and the
@@ -7,25 +7,19 @@ next call does it again if a crash came between.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from firstboot.containers import bundle, disk, hostfs, variables
+from firstboot.containers import disk, variables
 from firstboot.containers import runtime as oci
-from firstboot.containers.activation import match, withdraw
-from firstboot.containers.exports import Manifest, read_manifest
-from firstboot.containers.image import Image, locate, unpack
-from firstboot.containers.store import (
-    Container,
-    Deployment,
-    Record,
-    Store,
-    tmpfiles_copy,
-    unit_copy,
-)
+from firstboot.containers.activation import match, retire, withdraw
+from firstboot.containers.deployment import Request, prepare, run_once
+from firstboot.containers.image import Found, locate
+from firstboot.containers.image import pull as fetch
+from firstboot.containers.store import Container, Deployment, Store
 from firstboot.containers.tools import ContainerError
 
 
@@ -35,6 +29,7 @@ class Installed:
 
     `changed`: something was written. `needs_reload`: systemd must read the unit again.
     `replaced`: an earlier deployment was in use; a running unit must be restarted to change over.
+    `ran`: the image asked to be run once; that is done, and nothing of it is left.
     `messages` are for the operator: host files left alone.
     """
 
@@ -42,24 +37,30 @@ class Installed:
     changed: bool = False
     needs_reload: bool = False
     replaced: bool = False
+    ran: bool = False
     messages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """What a removal leads to; `needs_reload` as in `Installed`."""
+    """What a removal leads to; `needs_reload` as in `Installed`. `found`: there was something."""
 
     name: str
     needs_reload: bool
+    found: bool
     messages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
-    name: str
-    reference: str
-    given: Mapping[str, str]
-    runtime: str | None
+class _Elsewhere:
+    """In place of an image, for a container whose root file system lies elsewhere."""
+
+    id: str = ""
+    commit: None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def unpack(self, rootfs: Path) -> None:
+        raise ContainerError(f"{rootfs} is not ours to fill")
 
 
 def install(
@@ -68,19 +69,75 @@ def install(
     image: str,
     values: Mapping[str, str],
     runtime: str | None = None,
+    *,
+    replace: bool = True,
+    rootfs: Path | None = None,
+    enable: Callable[[Container], None] | None = None,
 ) -> Installed:
     """Make `name` an installed container of `image` with `values` on the host at `root`.
 
-    The same image and values again change nothing; others replace the deployment in use. `image`
-    is ``oci:/layout[:tag]``, a path as this process sees it, or a registry reference. `runtime` is
-    a program's name or path; by default the one used before, else runc, else crun. Enabling and
-    starting the unit is the caller's part. ContainerError in one sentence; then the deployment
-    that was in use still is.
+    The same image and values again change nothing; others replace the deployment in use, unless
+    `replace` is false. `image` is what `image.locate` takes, paths as this process sees them.
+    `runtime` is a program's name or path. `rootfs` is a root file system to use where it lies.
+    `enable` is called once per container, when its unit is in place, and again if that was
+    interrupted; starting the unit is the caller's part. ContainerError in one sentence; then the
+    deployment that was in use still is, or nothing was installed.
     """
-    store = Store(root)
-    wanted = _Request(name, image, dict(values), runtime)
-    with _sentences("install", name), store.locked():
-        return _install(store, wanted)
+    with _store(root, "install", name) as store:
+        elsewhere = _root_elsewhere(rootfs) if rootfs else None
+        wanted = Request(name, image, dict(values), runtime, elsewhere)
+        base = store.current(name) or store.preinstalled(name)
+        if base and not replace:
+            return _again(store, base, enable)
+        return _install(store, wanted, enable)
+
+
+def update(
+    root: Path,
+    name: str,
+    values: Mapping[str, str],
+    *,
+    image: str | None = None,
+    runtime: str | None = None,
+    stop: Callable[[], None] | None = None,
+) -> Installed:
+    """Put the other deployment of `name` into use: of its image as it is now, or of `image`.
+
+    Nothing changes if image and values are the same. `stop` is called when the other deployment
+    is complete and before anything of the one in use changes. ContainerError in one sentence; the
+    one in use still is then, and whatever `stop` stopped can be started again.
+    """
+    with _store(root, "update", name) as store:
+        before = store.current(name)
+        if before is None:
+            if store.preinstalled(name):
+                raise ContainerError("Cannot update a preinstalled container")
+            raise ContainerError(f"{name} is not installed")
+        record = before.record
+        wanted = Request(name, image or record.image, dict(values), runtime, record.remote, stop)
+        return _install(store, wanted, None)
+
+
+def rollback(root: Path, name: str, *, stop: Callable[[], None] | None = None) -> Installed:
+    """Put the deployment before this one into use again; repeated, it goes forth and back."""
+    with _store(root, "roll back", name) as store:
+        current = store.current(name)
+        if current is None:
+            raise ContainerError(f"{name} is not installed")
+        mark = _rollback_mark(store, name)
+        if disk.read_if_there(mark) == current.directory.name.encode():
+            before = store.previous(name, current)  # a crash came between the link and the rest
+            _, reload, messages = match(store, current, before, anew=True)
+            mark.unlink()
+            after = current
+        else:
+            found = store.previous(name, current)
+            if found is None or found.unit is None or not found.rootfs.is_dir():
+                raise ContainerError(f"{name} has no deployment to roll back to")
+            reload, messages = _switch(store, found, current, stop, back=True)
+            after = found
+        container = store.container(after)
+        return Installed(container, True, reload, replaced=True, messages=tuple(messages))
 
 
 def uninstall(root: Path, name: str) -> Removed:
@@ -89,47 +146,62 @@ def uninstall(root: Path, name: str) -> Removed:
     The caller has stopped and disabled the unit. Images and the container's own state stay.
     Nothing there is no error, so that an interrupted removal can be repeated.
     """
-    store = Store(root)
-    with _sentences("uninstall", name), store.locked():
+    with _store(root, "uninstall", name) as store:
         current = store.current(name)
         if current is None and store.preinstalled(name):
             raise ContainerError(f"Cannot uninstall {name}: it is part of the host's image")
         deployments = [d for d in (current, store.previous(name, current)) if d]
+        # A container may itself be called NAME.0.
+        ours = [slot for slot in store.slots(name) if slot.exists() and not slot.is_symlink()]
+        found = store.link(name).is_symlink() or bool(ours)
         messages, reload = withdraw(store, name, deployments)
+        for mark in (_enable_mark(store, name), _rollback_mark(store, name)):
+            mark.unlink(missing_ok=True)
         store.link(name).unlink(missing_ok=True)
         disk.sync_directory(store.checkouts)
-        for slot in store.slots(name):
-            if not slot.is_symlink():  # a container may itself be called NAME.0
-                disk.wipe(slot)
-        return Removed(name, reload, tuple(messages))
+        for slot in ours:
+            disk.wipe(slot)
+        return Removed(name, reload, found, tuple(messages))
+
+
+def pull(root: Path, image: str) -> str:
+    """Fetch `image` anew for a later installation or update; its id."""
+    with _store(root, "pull", image) as store:
+        return fetch(image, store).id
 
 
 def info(root: Path, name: str) -> Container | None:
     """The installed container `name`, None if there is none."""
-    store = Store(root)
-    found = store.current(name) or store.preinstalled(name)
-    return store.container(found) if found else None
+    with _sentences("read", name):
+        store = Store(root)
+        found = store.current(name) or store.preinstalled(name)
+        return store.container(found) if found else None
 
 
 def installed(root: Path) -> tuple[Container, ...]:
     """All installed containers, by name."""
-    store = Store(root)
-    found = (store.current(name) or store.preinstalled(name) for name in store.names())
-    return tuple(store.container(deployment) for deployment in found if deployment)
+    with _sentences("read", "the containers"):
+        store = Store(root)
+        found = (store.current(name) or store.preinstalled(name) for name in store.names())
+        return tuple(store.container(deployment) for deployment in found if deployment)
 
 
-def _install(store: Store, wanted: _Request) -> Installed:
+def _install(
+    store: Store, wanted: Request, enable: Callable[[Container], None] | None
+) -> Installed:
     before = store.current(wanted.name)
     base = before or store.preinstalled(wanted.name)
     if base is None:
         _refuse_strangers(store, wanted.name)
-    found = locate(wanted.reference, store.storage)
+    found = _Elsewhere() if wanted.rootfs else locate(wanted.reference, store)
+    if base is None and found.labels.get("atomic.run") == "once":
+        return Installed(store.container(run_once(store, wanted, found)), ran=True)
     if base and _unchanged(base, wanted, found):
-        return _again(store, base)
+        return _again(store, base, enable)
     if base and not before:
         raise ContainerError("Cannot update a preinstalled container")
-    after, messages = _prepare(store, wanted, found, before)
-    reload, more = _switch(store, after, before)
+    after, messages = prepare(store, wanted, found, before)
+    reload, more = _switch(store, after, before, wanted.stop, enable=enable)
     return Installed(
         container=store.container(after),
         changed=True,
@@ -147,138 +219,107 @@ def _refuse_strangers(store: Store, name: str) -> None:
             raise ContainerError(f"The file {path} already exists.")
 
 
-def _unchanged(current: Deployment, wanted: _Request, found: Image) -> bool:
+def _unchanged(current: Deployment, wanted: Request, found: Found) -> bool:
     record = current.record
     given = {k: v for k, v in wanted.given.items() if k not in variables.FORCED}
     return (
         record.revision == found.id
         and all(record.values.get(key) == value for key, value in given.items())
-        and (not wanted.runtime or oci.choose(wanted.runtime, None) == record.runtime)
+        and (not wanted.runtime or oci.choose(wanted.runtime) == record.runtime)
+        and record.remote == wanted.rootfs
         and (not record.has_service or current.rootfs.is_dir())
     )
 
 
-def _again(store: Store, current: Deployment) -> Installed:
+def _again(
+    store: Store, current: Deployment, enable: Callable[[Container], None] | None
+) -> Installed:
     """The same once more: only what an interrupted installation left undone is done."""
     container = store.container(current)
     if container.preinstalled:
         return Installed(container)
     previous = store.previous(current.name, current)
     changed, reload, messages = match(store, current, previous, anew=False)
+    mark = _enable_mark(store, current.name)
+    if enable and mark.exists():
+        enable(container)
+        mark.unlink(missing_ok=True)
+        changed = True
     return Installed(container, changed, reload, messages=tuple(messages))
 
 
-def _prepare(
-    store: Store, wanted: _Request, found: Image, before: Deployment | None
-) -> tuple[Deployment, list[str]]:
-    """Write the next deployment, complete and durable, where nothing uses it yet."""
-    target = store.spare(wanted.name, before)
-    disk.wipe(target)
-    try:
-        target.mkdir()
-        prepared = _fill(store, target, wanted, found, before)
-        disk.sync_tree(target)
-    except BaseException:
-        disk.wipe(target)
-        raise
-    return prepared
-
-
-def _fill(
+def _switch(
     store: Store,
-    target: Path,
-    wanted: _Request,
-    found: Image,
+    after: Deployment,
     before: Deployment | None,
-) -> tuple[Deployment, list[str]]:
-    old = before.record if before else Record()
-    tool = oci.probe(oci.choose(wanted.runtime, old.runtime or None))
-    unpack(found, target / "rootfs")
-    exports = target / "rootfs" / "exports"
-    manifest = read_manifest(exports, wanted.reference)
-    resolved = variables.resolve(
-        {**_inherited(old), **wanted.given},
-        manifest.default_values,
-        _identity(store, target, wanted, found),
-        tool.path,
-    )
-    # config.json may use the EXEC_* variables, and says which cgroup driver they must name.
-    resolved |= bundle.exec_values(exports, resolved, tool, cgroupfs=False)
-    config = bundle.write_config(target, tool.path, resolved)
-    resolved |= bundle.exec_values(exports, resolved, tool, bundle.wants_cgroupfs(config))
-    renames = hostfs.rename_map(exports, manifest, resolved)
-    files = hostfs.files(exports / "hostfs", renames, manifest.files_template, resolved)
-    claimed, messages = hostfs.claim(store.root, files, old.files)
-    record = _record(wanted, found, tool.path, manifest, resolved)
-    record = replace(record, files=claimed, renames=renames)
-    prepared = Deployment(wanted.name, target, record)
-    if manifest.has_service:
-        _write_copies(store, prepared, config, before)
-    disk.write_file(target / "info", record.encode(), 0o600)  # last: it makes this a deployment
-    return prepared, messages
-
-
-def _record(
-    wanted: _Request, found: Image, tool: str, manifest: Manifest, resolved: Mapping[str, str]
-) -> Record:
-    return Record(
-        image=wanted.reference,
-        revision=found.id,
-        created=int(time.time()),
-        values=resolved,
-        has_service=manifest.has_service,
-        files_template=manifest.files_template,
-        use_links=manifest.use_links,
-        runtime=tool,
-    )
-
-
-def _inherited(old: Record) -> dict[str, str]:
-    """Values that outlive a replacement: all but those this host sets anew each time."""
-    anew = {*variables.FORCED, "ATOMIC"}
-    if old.values.get("RUNTIME") == old.runtime:
-        anew.add("RUNTIME")
-    return {key: value for key, value in old.values.items() if key not in anew}
-
-
-def _identity(store: Store, target: Path, wanted: _Request, found: Image) -> dict[str, str]:
-    return {
-        "DESTDIR": store.seen(target),
-        "NAME": wanted.name,
-        "IMAGE_NAME": wanted.reference,
-        "IMAGE_ID": found.id,
-    }
-
-
-def _write_copies(
-    store: Store, prepared: Deployment, config: Mapping[str, object], before: Deployment | None
-) -> None:
-    exports, values = prepared.rootfs / "exports", prepared.record.values
-    unit = bundle.unit_text(exports, values)
-    disk.write_file(unit_copy(prepared.directory, prepared.name), unit.encode(), 0o644)
-    old = ((before.tmpfiles if before else None) or b"").decode()
-    lines = bundle.tmpfiles_text(store.root, exports, values, config, old)
-    if lines:
-        disk.write_file(tmpfiles_copy(prepared.directory, prepared.name), lines.encode(), 0o644)
-
-
-def _switch(store: Store, after: Deployment, before: Deployment | None) -> tuple[bool, list[str]]:
-    """Put `after` into use; on any failure `before` is again."""
-    link = store.link(after.name)
+    stop: Callable[[], None] | None,
+    *,
+    enable: Callable[[Container], None] | None = None,
+    back: bool = False,
+) -> tuple[bool, list[str]]:
+    """Put `after` into use; on any failure `before` is again, and `after` goes unless `back`."""
+    link, mark = store.link(after.name), _rollback_mark(store, after.name)
     try:
+        if back:
+            disk.write_file(mark, after.directory.name.encode(), 0o600)
+        elif mark.exists():
+            mark.unlink()
+        if before and stop:
+            stop()
+            retire(store, before)
+        first = enable if before is None else None
+        if first:
+            disk.write_file(_enable_mark(store, after.name), b"", 0o600)
         disk.switch_link(link, store.seen(after.directory))
         _, reload, messages = match(store, after, before, anew=True)
+        if first:
+            first(store.container(after))
+            _enable_mark(store, after.name).unlink()
+        if back:
+            mark.unlink()
     except BaseException:
         with suppress(OSError, ContainerError):
-            if before:
-                disk.switch_link(link, store.seen(before.directory))
-                match(store, before, after, anew=True)
-            else:
-                withdraw(store, after.name, [after])
-                link.unlink(missing_ok=True)
-            disk.wipe(after.directory)
+            _switch_back(store, after, before, back=back)
         raise
     return reload, messages
+
+
+def _switch_back(store: Store, after: Deployment, before: Deployment | None, *, back: bool) -> None:
+    link = store.link(after.name)
+    if before:
+        disk.switch_link(link, store.seen(before.directory))
+        match(store, before, after, anew=True)
+    else:
+        withdraw(store, after.name, [after])
+        link.unlink(missing_ok=True)
+        _enable_mark(store, after.name).unlink(missing_ok=True)
+    if back:
+        _rollback_mark(store, after.name).unlink(missing_ok=True)
+    else:
+        disk.wipe(after.directory)
+
+
+def _root_elsewhere(path: Path) -> str:
+    for found in (path / "rootfs", path):
+        if found.is_dir() and (found.name == "rootfs" or (found / "usr").is_dir()):
+            return os.path.realpath(found)
+    raise ContainerError(f"{path} holds no root file system: it has neither rootfs/ nor usr/")
+
+
+def _enable_mark(store: Store, name: str) -> Path:
+    return store.checkouts / f".{name}.enable"
+
+
+def _rollback_mark(store: Store, name: str) -> Path:
+    return store.checkouts / f".{name}.rollback"
+
+
+@contextmanager
+def _store(root: Path, verb: str, name: str) -> Iterator[Store]:
+    with _sentences(verb, name):
+        store = Store(root)
+        with store.locked():
+            yield store
 
 
 @contextmanager

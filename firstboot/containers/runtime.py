@@ -20,11 +20,11 @@ class Runtime:
     systemd_cgroup: bool
 
 
-def choose(requested: str | None, previous: str | None) -> str:
-    """The path of the runtime: as requested, else as before, else runc, else crun."""
-    wanted = requested or previous
-    if wanted:
-        return find(wanted) or wanted
+def choose(*wanted: str | None) -> str:
+    """The path of the runtime: the first of `wanted` that is set, else $RUNC_PATH, runc, crun."""
+    for name in (*wanted, os.environ.get("RUNC_PATH")):
+        if name:
+            return find(name) or name
     return next((path for path in map(find, PREFERRED) if path), PREFERRED[0])
 
 

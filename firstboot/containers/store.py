@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from firstboot.containers import disk
+from firstboot.containers import disk, settings
 from firstboot.containers.tools import ContainerError
 
-CHECKOUTS = "/var/lib/containers/atomic"
 PREINSTALLED = "/usr/lib/containers/atomic"
 UNITS = "/etc/systemd/system"
 TMPFILES = "/etc/tmpfiles.d"
+NUMBERS = frozenset(("HOST_UID", "HOST_GID"))  # the values that are not text in the info file
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}\Z")
 
 
@@ -40,15 +40,17 @@ class Record:
     renames: Mapping[str, str] = field(default_factory=dict)
     use_links: bool = False
     runtime: str = ""
+    commit: str | None = None
+    remote: str | None = None
 
     def encode(self) -> bytes:
         """The record as Atomic's own tools read it."""
         document = {
             "image": self.image,
             "revision": self.revision,
-            "ostree-commit": None,
+            "ostree-commit": self.commit,
             "created": self.created,
-            "values": dict(self.values),
+            "values": {k: int(v) if k in NUMBERS else v for k, v in self.values.items()},
             "has-container-service": self.has_service,
             "installed-files": list(self.files),
             "installed-files-checksum": dict(self.files),
@@ -56,7 +58,7 @@ class Record:
             "rename-installed-files": dict(self.renames),
             "rpm-installed": None,
             "system-package": "no",
-            "remote": None,
+            "remote": self.remote,
             "use-links": self.use_links,
             "runtime": self.runtime,
         }
@@ -79,6 +81,8 @@ class Record:
             renames=dict(found.get("rename-installed-files") or {}),
             use_links=bool(found.get("use-links", False)),
             runtime=str(found.get("runtime") or ""),
+            commit=found.get("ostree-commit") or None,
+            remote=found.get("remote") or None,
         )
 
 
@@ -96,6 +100,15 @@ class Deployment:
         return self.directory / "rootfs"
 
     @property
+    def arguments(self) -> tuple[str, ...]:
+        """The program the container runs, with its arguments; empty if there is none to see."""
+        try:
+            found = json.loads(disk.read_if_there(self.directory / "config.json") or b"{}")
+            return tuple(map(str, found["process"]["args"]))
+        except (ValueError, LookupError, TypeError):
+            return ()
+
+    @property
     def unit(self) -> bytes | None:
         """The unit this deployment wants installed."""
         return disk.read_if_there(unit_copy(self.directory, self.name))
@@ -110,7 +123,8 @@ class Deployment:
 class Container:
     """An installed system container. Paths are those the host itself uses.
 
-    `unit` is empty for an image that only brings files, `tmpfiles` if nothing needs creating.
+    `unit` is empty for an image that only brings files, `tmpfiles` if nothing needs creating,
+    `previous` if there is no deployment to roll back to. `files` are the host's that it brought.
     """
 
     name: str
@@ -123,6 +137,9 @@ class Container:
     created: int
     values: Mapping[str, str]
     preinstalled: bool = False
+    previous: str = ""
+    command: str = ""
+    files: tuple[str, ...] = ()
 
 
 def unit_copy(directory: Path, name: str) -> Path:
@@ -140,7 +157,8 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
-        self.checkouts = disk.inside(self.root, CHECKOUTS)
+        self.settings = settings.read(self.root)
+        self.checkouts = disk.inside(self.root, self.settings.checkouts)
         self.storage = self.checkouts / ".storage"
 
     @contextmanager
@@ -208,6 +226,7 @@ class Store:
         """What the outside sees of a deployment."""
         record, name = deployment.record, deployment.name
         preinstalled = deployment.directory.parent != self.checkouts
+        other = None if preinstalled else self.previous(name, deployment)
         return Container(
             name=name,
             image=record.image,
@@ -219,11 +238,15 @@ class Store:
             created=record.created,
             values=record.values,
             preinstalled=preinstalled,
+            previous=self.seen(other.directory) if other else "",
+            command=" ".join(deployment.arguments),
+            files=tuple(record.files),
         )
 
     def seen(self, directory: Path) -> str:
         """The path by which the host itself knows a deployment."""
-        home = CHECKOUTS if directory.parent == self.checkouts else PREINSTALLED
+        here = directory.parent == self.checkouts
+        home = self.settings.checkouts if here else PREINSTALLED
         return f"{home}/{directory.name}"
 
 
@@ -232,6 +255,8 @@ def _load(name: str, directory: Path) -> Deployment | None:
         return None
     try:
         record = Record.decode((directory / "info").read_bytes())
+    except PermissionError:
+        raise  # or a stranger's list would be empty, and look true
     except (OSError, ValueError, TypeError):
         return None
     return Deployment(name, directory, record)

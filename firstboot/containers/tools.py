@@ -1,4 +1,4 @@
-"""Runs the programs this adapter needs (skopeo, umoci, runc, crun, systemd-tmpfiles, sync)."""
+"""Runs the programs this adapter needs (skopeo, umoci, ostree, runc, crun, systemd-tmpfiles)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from firstboot.protocol.errors import LocalError
@@ -26,8 +26,16 @@ def find(tool: str) -> str | None:
     return shutil.which(tool, path=f"{os.environ.get('PATH', '')}:{SBIN}")
 
 
-def run(argv: Sequence[str], *, timeout: float, cwd: Path | None = None) -> str:
+def run(
+    argv: Sequence[str],
+    *,
+    timeout: float,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> str:
     """Run `argv` for at most `timeout` seconds and return what it wrote to stdout.
+
+    `environment` is set on top of this process's own.
 
     ContainerError when the program is missing, fails (its last line of stderr is the reason) or
     takes too long.
@@ -42,7 +50,7 @@ def run(argv: Sequence[str], *, timeout: float, cwd: Path | None = None) -> str:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             cwd=cwd,
-            env={**os.environ, "LC_ALL": "C"},
+            env={**os.environ, "LC_ALL": "C", **(environment or {})},
             timeout=timeout,
             check=False,
         )
@@ -53,6 +61,14 @@ def run(argv: Sequence[str], *, timeout: float, cwd: Path | None = None) -> str:
     if done.returncode != 0:
         raise ContainerError(f"{tool} failed: {_reason(done.stderr, done.returncode)}")
     return done.stdout.decode(errors="replace")
+
+
+def attached(argv: Sequence[str], *, cwd: Path) -> int:
+    """Run `argv` with this process's own output, for as long as it takes; its exit status."""
+    try:
+        return subprocess.run(argv, stdin=subprocess.DEVNULL, cwd=cwd, check=False).returncode
+    except OSError as error:
+        raise ContainerError(f"{argv[0]} cannot be run: {error.strerror}") from None
 
 
 def _reason(stderr: bytes, code: int) -> str:

@@ -297,7 +297,7 @@ def test_a_cgroup_named_by_path_is_not_for_systemd(
 
 @pytest.mark.parametrize("name", ["runc", "crun"])
 def test_both_runtimes_offer_pid_files_and_systemd_cgroups(name: str) -> None:
-    found = runtime.probe(runtime.choose(name, None))
+    found = runtime.probe(runtime.choose(name))
     assert found.path.endswith(f"/{name}")
     assert found.pid_file
     assert found.systemd_cgroup is (os.geteuid() == 0)
@@ -321,7 +321,7 @@ def test_crun_where_there_is_no_runc(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "crun").symlink_to(crun)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(tools, "SBIN", "")
-    assert runtime.choose(None, None) == str(tmp_path / "crun")
+    assert runtime.choose() == str(tmp_path / "crun")
 
 
 def test_a_runtime_that_is_not_there(root: Path, plain: str) -> None:

@@ -1,0 +1,399 @@
+"""The verbs of ``firstboot containers``, named as Atomic's operators know them.
+
+What is on disk is `containers`' part, what runs is `units`'; here the two come together. With a
+root other than this host's own nothing is enabled, stopped or started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from firstboot.protocol.errors import FirstbootError, LocalError, UserError
+
+if TYPE_CHECKING:
+    from firstboot import units
+    from firstboot.containers import Container
+
+Say = Callable[[str], None]
+OK, FAILED, USAGE = 0, 1, 64
+START_SECONDS = STOP_SECONDS = 120.0
+# A unit of Type=simple is active before its program has done anything: the time it must stay so.
+SETTLE_SECONDS = 3.0
+LOOK_SECONDS = 0.1
+SYSTEM_PACKAGE = ("auto", "build", "no", "yes")
+COLUMNS = ("container", "image", "command", "created", "state", "backend", "runtime")
+
+
+def declare(parser: argparse.ArgumentParser, say: Say) -> None:
+    """Add the verbs to `parser`; `say` prints a line."""
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def add(verb: Callable[[argparse.Namespace, Say], int], text: str) -> argparse.ArgumentParser:
+        name = verb.__name__.strip("_")
+        sub: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(verb=lambda options: verb(options, say))
+        sub.add_argument("--root", type=Path, default=Path("/"), help=argparse.SUPPRESS)
+        return sub
+
+    install = add(_install, "install a system container and enable its unit; it is not started")
+    install.add_argument("image", metavar="IMAGE")
+    install.add_argument("--name", help="the image's own name if none is given")
+    install.add_argument("--rootfs", type=Path, help="use this root file system, where it lies")
+    install.add_argument("--system-package", choices=SYSTEM_PACKAGE, default="auto")
+    install.add_argument("--display", action="store_true", help="tell what would be done")
+    install.add_argument("--system", action="store_true", help=argparse.SUPPRESS)
+    update = add(_update, "change to the image as it is now, or to other values")
+    update.add_argument("name", metavar="NAME", nargs="?")
+    update.add_argument("--rebase", metavar="IMAGE", help="change to another image")
+    update.add_argument("--all", action="store_true", help="every container")
+    for sub in (install, update):
+        sub.add_argument("--set", metavar="NAME=VALUE", action="append", default=[])
+        sub.add_argument("--runtime", help="runc, crun or a path")
+    for verb, text in (
+        (_rollback, "change back to the deployment before; again, and it is forth"),
+        (_uninstall, "stop and remove a container; images and its own data stay"),
+        (_info, "tell everything about a container"),
+    ):
+        add(verb, text).add_argument("name", metavar="NAME")
+    add(_pull, "fetch an image for a later update").add_argument("image", metavar="IMAGE")
+    listing = add(_list, "tell which containers run; with --all, which there are")
+    listing.add_argument("-a", "--all", action="store_true")
+    listing.add_argument("--json", action="store_true")
+    listing.add_argument("--no-trunc", action="store_true", help="do not cut columns short")
+    listing.add_argument("-f", "--filter", metavar="COLUMN=VALUE", action="append", default=[])
+    add(_lint, "check the sources of a container's image").add_argument("directory", metavar="DIR")
+
+
+# ---------------------------------------------------------------- verbs
+
+
+def _install(options: argparse.Namespace, say: Say) -> int:
+    from firstboot import containers
+
+    values = _values(options.set)
+    _check_package(options.system_package)
+    name = options.name or containers.default_name(options.image)
+    if options.display:
+        say(f"{options.image} would be installed as {name}; nothing was done.")
+        return OK
+    host = _Host(options.root)
+    present = containers.info(options.root, name)
+
+    def enable(container: Container) -> None:
+        host.reload()
+        if container.unit and host.systemd:
+            host.systemd.enable(container.unit)
+
+    done = containers.install(
+        options.root,
+        name,
+        options.image,
+        values,
+        options.runtime,
+        replace=False,
+        rootfs=options.rootfs,
+        enable=enable,
+    )
+    if present:
+        say(f"{name} already present")
+        if done.changed:
+            host.reload()
+        return OK
+    _tell(done.messages, say)
+    if not done.ran:
+        _tell_created(done.container, say)
+    return OK
+
+
+def _update(options: argparse.Namespace, say: Say) -> int:
+    from firstboot import containers
+
+    values = _values(options.set)
+    if bool(options.name) == options.all or (options.all and options.rebase):
+        raise UserError(
+            "update takes one NAME, or --all without --rebase", hint="see --help", code=USAGE
+        )
+    if options.name:
+        _update_one(options, options.name, values, say)
+        return OK
+    failed = 0
+    for container in containers.installed(options.root):
+        if container.preinstalled:
+            continue
+        try:
+            _update_one(options, container.name, values, say)
+        except FirstbootError as error:
+            say(f"{container.name}: {error}")
+            failed += 1
+    return FAILED if failed else OK
+
+
+def _update_one(options: argparse.Namespace, name: str, values: dict[str, str], say: Say) -> None:
+    from firstboot import containers
+
+    host = _Host(options.root)
+    unit = f"{name}.service"
+    with host.brought_back(unit):
+        done = containers.update(
+            options.root,
+            name,
+            values,
+            image=options.rebase,
+            runtime=options.runtime,
+            stop=partial(host.stop, unit),
+        )
+        host.reload()
+    if not done.changed:
+        say(f"{name}: Latest version already installed.")
+        return
+    _tell(done.messages, say)
+    if not done.replaced:
+        host.stop(unit)  # an interrupted update was completed under a unit that runs again
+    if not host.stopped:
+        say(f"{name}: updated; it was not running and was not started")
+        return
+    try:
+        host.start(unit)
+    except FirstbootError as error:
+        say(f"Could not restart {name}.  Attempt automatic rollback")
+        _undo(options.root, name, host, error)
+    say(f"{name}: updated and restarted")
+
+
+def _undo(root: Path, name: str, host: _Host, failure: FirstbootError) -> None:
+    from firstboot import containers
+
+    unit = f"{name}.service"
+    try:
+        containers.rollback(root, name, stop=partial(host.stop, unit))
+        host.reload()
+        host.start(unit)
+    except FirstbootError as error:
+        raise LocalError(
+            f"the update of {name} did not come up ({failure}), nor did the rollback: {error}"
+        ) from None
+    raise LocalError(f"the update of {name} did not come up and was rolled back: {failure}")
+
+
+def _rollback(options: argparse.Namespace, say: Say) -> int:
+    from firstboot import containers
+
+    host, unit = _Host(options.root), f"{options.name}.service"
+    with host.brought_back(unit):
+        done = containers.rollback(options.root, options.name, stop=partial(host.stop, unit))
+        host.reload()
+    _tell(done.messages, say)
+    if host.stopped:
+        host.start(unit)
+    say(f"{options.name}: rolled back to {done.container.deployment}")
+    return OK
+
+
+def _uninstall(options: argparse.Namespace, say: Say) -> int:
+    from firstboot import containers
+
+    found = containers.info(options.root, options.name)
+    host, unit = _Host(options.root), f"{options.name}.service"
+    if found and not found.preinstalled and found.unit and host.systemd:
+        host.systemd.stop(unit, STOP_SECONDS)
+        host.systemd.disable(unit)
+    done = containers.uninstall(options.root, options.name)
+    if not done.found:
+        raise LocalError(f"{options.name} is not installed")
+    host.reload()
+    _tell(done.messages, say)
+    return OK
+
+
+def _pull(options: argparse.Namespace, say: Say) -> int:
+    from firstboot import containers
+
+    say(containers.pull(options.root, options.image))
+    return OK
+
+
+def _info(options: argparse.Namespace, say: Say) -> int:
+    from firstboot import containers
+
+    found = containers.info(options.root, options.name)
+    if found is None:
+        raise LocalError(f"{options.name} is not installed")
+    shown = {
+        **_row(found, _Host(options.root).state(found)),
+        "deployment": found.deployment,
+        "previous": found.previous,
+        "preinstalled": found.preinstalled,
+        "unit": found.unit,
+        "tmpfiles": found.tmpfiles,
+        "installed_files": list(found.files),
+        "values": dict(found.values),
+    }
+    say(json.dumps(shown, indent=4))
+    return OK
+
+
+def _list(options: argparse.Namespace, say: Say) -> int:
+    from firstboot import containers
+
+    host = _Host(options.root)
+    rows = [_row(c, host.state(c)) for c in containers.installed(options.root)]
+    for wanted in options.filter:
+        column, equals, value = wanted.partition("=")
+        key = {"container": "name", "image": "image_name"}.get(column, column)
+        if not equals or column not in COLUMNS:
+            raise UserError(f"--filter takes COLUMN=VALUE, not {wanted!r}", code=USAGE)
+        rows = [row for row in rows if str(row[key]) == value]
+    if not options.all:
+        rows = [row for row in rows if row["running"]]
+    if options.json:
+        say(json.dumps(rows))
+    else:
+        for line in _table(rows, 0 if options.no_trunc else 20):
+            say(line)
+    return OK
+
+
+def _lint(options: argparse.Namespace, say: Say) -> int:
+    from firstboot import containers
+
+    found = containers.lint(Path(options.directory))
+    for finding in found:
+        say(str(finding))
+    errors = sum(finding.error for finding in found)
+    say(f"errors: {errors}, warnings: {len(found) - errors}")
+    return FAILED if errors else OK
+
+
+# ---------------------------------------------------------------- the host's units
+
+
+@dataclass
+class _Host:
+    """The units of the host at `root`; `stopped` says whether `stop` had anything to stop."""
+
+    root: Path
+    stopped: bool = field(default=False, init=False)
+
+    @cached_property
+    def systemd(self) -> units.Systemd | None:
+        """This host's systemd; None for a tree, whose units nobody runs."""
+        if self.root != Path("/"):
+            return None
+        from firstboot import units
+
+        return units.Systemd()
+
+    def reload(self) -> None:
+        """Have systemd read all units again."""
+        if self.systemd:
+            self.systemd.reload()
+
+    def state(self, container: Container) -> str:
+        """As ``atomic containers list`` says it."""
+        if not container.unit:
+            return "no service"
+        active = self.systemd.state(container.unit).active if self.systemd else "inactive"
+        return {"active": "running", "failed": "failed"}.get(active, "inactive")
+
+    def stop(self, unit: str) -> None:
+        """Stop `unit` if it runs, or is about to."""
+        if self.systemd and self.systemd.state(unit).active not in ("inactive", "failed"):
+            self.stopped = True
+            self.systemd.stop(unit, STOP_SECONDS)
+
+    def start(self, unit: str) -> None:
+        """Start `unit` and see that it stays; an error says why it does not."""
+        if self.systemd is None:
+            return
+        self.systemd.start(unit, START_SECONDS)
+        first = self.systemd.state(unit)
+        until = time.monotonic() + SETTLE_SECONDS
+        while time.monotonic() < until:
+            time.sleep(LOOK_SECONDS)
+            now = self.systemd.state(unit)
+            if (now.active, now.since_wall) != (first.active, first.since_wall):
+                raise LocalError(f"{unit} did not stay up: {now.active} ({now.result})")
+
+    def brought_back(self, unit: str) -> _BroughtBack:
+        """A block at whose failure `unit` is started again if it was stopped in it."""
+        return _BroughtBack(self, unit)
+
+
+@dataclass(frozen=True)
+class _BroughtBack:
+    host: _Host
+    unit: str
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error and self.host.stopped and self.host.systemd:
+            self.host.reload()
+            self.host.systemd.start(self.unit, START_SECONDS)
+
+
+# ---------------------------------------------------------------- words
+
+
+def _values(given: list[str]) -> dict[str, str]:
+    for item in given:
+        if "=" not in item:
+            raise UserError(f"--set takes NAME=VALUE, not {item!r}", code=USAGE)
+    return dict(item.split("=", 1) for item in given)
+
+
+def _check_package(wanted: str) -> None:
+    if wanted in ("build", "yes"):
+        raise UserError(
+            f"--system-package={wanted} needs packages made from images, which firstboot does not",
+            hint="with --system-package=no the same files are put on the host",
+            code=USAGE,
+        )
+
+
+def _tell(messages: tuple[str, ...], say: Say) -> None:
+    for message in messages:
+        say(message)
+
+
+def _tell_created(container: Container, say: Say) -> None:
+    say(f"Extracted to {container.deployment}")
+    units = [f"/etc/systemd/system/{container.unit}"] if container.unit else []
+    for path in (*container.files, *units, container.tmpfiles):
+        if path:
+            say(f"Created file {path}")
+
+
+def _row(container: Container, state: str) -> dict[str, Any]:
+    """The keys that readers of ``atomic containers list --json`` know."""
+    return {
+        "id": container.name,
+        "image_id": container.image_id,
+        "image_name": container.image,
+        "name": container.name,
+        "command": container.command,
+        "created": container.created,
+        "state": state,
+        "backend": "ostree",
+        "runtime": container.runtime,
+        "vulnerable": False,
+        "running": state == "running",
+    }
+
+
+def _table(rows: list[dict[str, Any]], width: int) -> Iterator[str]:
+    shown: list[tuple[str, ...]] = [tuple(name.upper() for name in COLUMNS)]
+    for row in rows:
+        moment = time.strftime("%Y-%m-%d %H:%M", time.gmtime(row["created"]))
+        made = {**row, "container": row["name"], "image": row["image_name"], "created": moment}
+        shown.append(tuple(str(made[name])[: width or None] for name in COLUMNS))
+    widths = [max(len(cells[column]) for cells in shown) for column in range(len(COLUMNS))]
+    for cells in shown:
+        yield "  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip()

@@ -1,0 +1,81 @@
+"""Image layers on their way into an ostree repository: checked, and without what it cannot hold."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import tarfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+from firstboot.containers.tools import ContainerError
+
+GZIP = b"\x1f\x8b"
+XATTR = "SCHILY.xattr."
+BLOCK = 1024 * 1024
+
+
+class _Counted(io.RawIOBase):
+    """What is read from `source`, counted and hashed."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        self._source = source
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._source.read(size)
+        self.digest.update(data)
+        self.size += len(data)
+        return data
+
+
+def rewrite(blob: Path, target: Path) -> tuple[str, int]:
+    """Write the layer `blob` to the tar file `target`, devices, pipes and sockets left out.
+
+    Returns digest and size in bytes of the layer as it was before it was compressed. Its whiteouts
+    stay what they are, files called ``.wh.…``.
+    """
+    try:
+        with blob.open("rb") as packed:
+            compressed = packed.read(2) == GZIP
+            packed.seek(0)
+            plain = _Counted(gzip.GzipFile(fileobj=packed) if compressed else packed)  # type: ignore[arg-type]
+            with (
+                tarfile.open(fileobj=plain, mode="r|", bufsize=BLOCK) as layer,
+                tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as kept,
+            ):
+                _copy(layer, kept)
+            while plain.read(BLOCK):
+                pass  # what follows the end of the archive counts as well
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ContainerError(f"Layer {blob.name} is not a tar or tar.gz: {error}") from None
+    return f"sha256:{plain.digest.hexdigest()}", plain.size
+
+
+def _copy(layer: tarfile.TarFile, kept: tarfile.TarFile) -> None:
+    top = tarfile.TarInfo(".")  # ostree takes no tree without one
+    top.type, top.mode = tarfile.DIRTYPE, 0o755
+    kept.addfile(top)
+    for entry in layer:
+        name = entry.name.lstrip("/")
+        if ".." in name.split("/"):
+            raise ContainerError(f"The layer has a file outside of it: {entry.name!r}")
+        if name in ("", ".") or not (
+            entry.isreg() or entry.isdir() or entry.issym() or entry.islnk()
+        ):
+            continue
+        entry.name = name
+        if entry.islnk():
+            entry.linkname = entry.linkname.lstrip("/")
+        content = layer.extractfile(entry) if entry.isreg() else None
+        if entry.isreg():
+            entry.type = tarfile.REGTYPE  # sparse ones are read in full
+        # The reader on the other side turns their order around, and ostree hashes them sorted.
+        entry.pax_headers = dict(sorted(entry.pax_headers.items(), reverse=True))
+        kept.addfile(entry, content)
