@@ -14,6 +14,7 @@ import selectors
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -176,12 +177,17 @@ class Firstboot:
         return ""
 
     def form(self, network: Network, directory: Path) -> Formation:
-        """One formation over mDNS."""
+        """One formation over mDNS. As on a host, /run is in memory."""
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+            return self._form(network, directory, Path(memory))
+
+    def _form(self, network: Network, directory: Path, memory: Path) -> Formation:
         text = document(len(network.hosts), make_token(), payload="none")
         roots = [directory / f"h{n}" for n in network.hosts]
         for number, root in zip(network.hosts, roots, strict=True):
             (root / "etc/firstboot").mkdir(parents=True)
-            (root / "run").mkdir()
+            (root / "run").symlink_to(memory / f"h{number}")
+            (memory / f"h{number}").mkdir()
             (root / "etc/machine-id").write_text(f"{number:032x}\n")
             config = root / "etc/firstboot/config.yaml"
             config.write_text(text)
