@@ -18,6 +18,7 @@ PACKAGE = ROOT / "firstboot"
 # Floor 0, in the order in which they may import one another.
 PROTOCOL = (
     "errors",
+    "record",
     "model",
     "messages",
     "plan",
@@ -33,7 +34,7 @@ PROTOCOL = (
     "history",
 )
 PURE = {"__future__", "base64", "collections", "dataclasses", "enum", "ipaddress", "json"}
-PURE |= {"re", "string", "types", "typing"}
+PURE |= {"operator", "re", "string", "types", "typing"}
 ADAPTERS = ("containers", "discovery", "health", "host", "pki", "transport", "units", "userdata")
 # Floor 2 and 3, each with what it may import beside the floors below.
 UPPER = {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from firstboot.protocol.model import Endpoint
+from firstboot.protocol.record import dataclass
 
 Found = Callable[[Endpoint], None]
 # kind and source of a StrangerSeen event, see protocol.events

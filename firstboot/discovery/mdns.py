@@ -14,12 +14,12 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from firstboot.discovery.interface import Context, Found, ProviderReport, Stranger
 from firstboot.protocol.errors import LocalError
 from firstboot.protocol.model import LABEL, Endpoint
+from firstboot.protocol.record import dataclass
 
 if TYPE_CHECKING:  # 30 ms to import, so only once there is something to announce
     from zeroconf import RecordUpdate, ServiceInfo, Zeroconf

@@ -6,7 +6,6 @@ import asyncio
 import ipaddress
 import socket
 import struct
-from dataclasses import dataclass
 
 from firstboot.host.netlink import (
     RTM_GETADDR,
@@ -21,6 +20,7 @@ from firstboot.host.netlink import (
     open_events,
 )
 from firstboot.protocol.errors import UserError
+from firstboot.protocol.record import dataclass
 
 _IFF_UP, _IFF_LOOPBACK = 0x1, 0x8  # netdevice(7)
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_OPERSTATE = 1, 3, 16  # linux/if_link.h

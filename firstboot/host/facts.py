@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from firstboot.host.address import Address, Network, choose, survey
 from firstboot.host.machine import Machine, look, read_fact
 from firstboot.protocol.errors import LocalError
 from firstboot.protocol.model import LABEL, Endpoint
+from firstboot.protocol.record import dataclass
 
 
 @dataclass(frozen=True, slots=True)

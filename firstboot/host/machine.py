@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from firstboot.protocol.record import dataclass
 
 MAX_FACT = 4096
 MAX_INSTANCE_DATA = 4 * 1024 * 1024

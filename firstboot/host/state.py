@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from firstboot.host.durable import (
@@ -27,6 +26,7 @@ from firstboot.host.machine import Machine
 from firstboot.protocol.errors import LocalError
 from firstboot.protocol.messages import Certificate, from_plain, to_plain
 from firstboot.protocol.model import FINGERPRINT, NODE_ID, Issued, Stored, require
+from firstboot.protocol.record import dataclass
 
 SCHEMA = 1
 _MISSING = "the state file is missing"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 
@@ -26,6 +26,7 @@ from firstboot.pki.parts import DER, PEM, UNREADABLE, expiry, moment, reading
 from firstboot.protocol.errors import LocalError, RemoteError
 from firstboot.protocol.messages import MAX_BLOB, Certificate
 from firstboot.protocol.model import NODE_ID, Member, Profile
+from firstboot.protocol.record import dataclass
 
 AUTHORITY_LIFETIME = timedelta(days=3652)  # ten years
 LIFETIME = timedelta(days=1826)  # five years, but never beyond the authority

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from firstboot.protocol import events, messages
 from firstboot.protocol.errors import RemoteError, UserError
 from firstboot.protocol.model import Channel, ClusterConfig, Issued, Self, Stored
+from firstboot.protocol.record import dataclass
 
 EVENTS: dict[str, type[Any]] = {kind.__name__: kind for kind in events.Event.__args__}
 RUN = '{"run": '  # no text within a line can look like this: JSON escapes its quotes

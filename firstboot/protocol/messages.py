@@ -12,7 +12,7 @@ import json
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -28,6 +28,7 @@ from firstboot.protocol.model import (
     check_address,
     require,
 )
+from firstboot.protocol.record import dataclass
 
 VERSION = 1
 MAX_BYTES = 64 * 1024

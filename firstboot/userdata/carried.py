@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from firstboot.protocol.errors import UserError
+from firstboot.protocol.record import dataclass
 from firstboot.userdata.document import Document, make
 from firstboot.userdata.places import CONFIG, DROP_INS
 from firstboot.userdata.reading import (
@@ -45,7 +45,7 @@ def parse(data: bytes, name: str) -> Document:
     return make(layers, (name,), warnings)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Written:
     """A file that the carrying configuration writes."""
 

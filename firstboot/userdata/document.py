@@ -7,11 +7,11 @@ import ipaddress
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from firstboot.protocol.errors import UserError
 from firstboot.protocol.model import ClusterConfig, Endpoint
+from firstboot.protocol.record import dataclass
 from firstboot.userdata.reading import Place, Said, merged, texts
 from firstboot.userdata.rules import check, dotted, filled, rule_for, wrong
 from firstboot.userdata.token import HIDDEN, REMEDY, TOKEN, Secret, check_token, is_one_time
@@ -20,7 +20,7 @@ UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 SHARED = ("cluster", "expect", "masters", "payload", "formation")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ProviderSpec:
     """A way to find peers. `static` has the option ``addresses``: a tuple of Endpoint."""
 
@@ -28,7 +28,7 @@ class ProviderSpec:
     options: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """What the configuration says.
 
