@@ -5,11 +5,10 @@ No key and no token ever travels in either, so a host's history can be kept and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from firstboot.protocol.messages import Certificate, Message
 from firstboot.protocol.model import Channel, Endpoint, Member, Profile, Stored
 from firstboot.protocol.plan import Step
+from firstboot.protocol.record import dataclass
 
 # ---------------------------------------------------------------- what happened
 

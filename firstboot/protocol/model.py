@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
+
+from firstboot.protocol.record import dataclass
 
 NODE_ID = re.compile(r"[0-9a-f]{32}\Z")
 FINGERPRINT = re.compile(r"[0-9a-f]{64}\Z")
