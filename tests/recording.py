@@ -52,13 +52,15 @@ class RecordingWorld(World):
         self.config = formed
         self.cores: list[tuple[history.Opening, Recorded]] = []
 
-    def make_core(self, me: Self, stored: Stored, issued: list[Issued]) -> Assembly:
+    def make_core(
+        self, me: Self, stored: Stored, issued: list[Issued], config: ClusterConfig
+    ) -> Assembly:
         seed, now = self.rng.getrandbits(48), round(self.now + 5e-7, 6)
         known = tuple(issued)
-        opening = history.Opening(self.config, me, stored, known, seed, now, WALL)
+        opening = history.Opening(config, me, stored, known, seed, now, WALL)
         core = Recorded(
             Start(
-                config=self.config,
+                config=config,
                 me=me,
                 stored=stored,
                 issued=known,

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-import time
 from pathlib import Path
 
-from tests.sim.campaign import Report, campaign, narrated, stopwatch
+from tests.sim.campaign import Report, campaign, narrated
 
 
 def main() -> int:
-    """0 if no seed failed."""
+    """0 if no seed failed, 130 if it was interrupted; what was run by then is reported."""
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
     parser.add_argument("--seeds", type=int, default=1000)
-    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="the first seed: to go on, or share")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--report", type=Path, help="write the report there, as .txt and .json")
     parser.add_argument("--narrate", type=int, metavar="SEED", help="print one seed's events")
@@ -22,21 +22,35 @@ def main() -> int:
     if options.narrate is not None:
         print("\n".join(narrated(options.narrate)))
         return 0
-    started = time.monotonic()
-
-    def tell(report: Report) -> None:
-        bad = len(report.failures)
-        end = "\r" if sys.stderr.isatty() else "\n"
-        if end == "\r" or report.seeds % 1000 == 0:
-            line = f"{report.seeds}/{options.seeds} seeds, {bad} bad, {stopwatch(report, started)}"
-            print(line, end=end, file=sys.stderr, flush=True)
-
-    report = campaign(options.first, options.seeds, options.jobs, tell)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    report = campaign(options.first, options.seeds, options.jobs, _Teller(options.seeds).tell)
     print(report.text())
     if options.report is not None:
-        options.report.with_suffix(".txt").write_text(report.text() + "\n")
-        options.report.with_suffix(".json").write_text(report.json() + "\n")
-    return 1 if report.failures else 0
+        report.write(options.report)
+    if report.failed:
+        return 1
+    return 0 if report.seeds == options.seeds else 130
+
+
+class _Teller:
+    """Progress on stderr: over and over on a terminal, now and then in a file."""
+
+    def __init__(self, seeds: int) -> None:
+        self.seeds, self.next = seeds, 0.0
+
+    def tell(self, report: Report) -> None:
+        """One line, perhaps."""
+        terminal = sys.stderr.isatty()
+        if report.elapsed < self.next and report.seeds < self.seeds:
+            return
+        self.next = report.elapsed + (0.5 if terminal else 60.0)
+        left = (self.seeds - report.seeds) * report.elapsed / max(report.seeds, 1)
+        line = (
+            f"{report.seeds}/{self.seeds} seeds, {report.failed} bad,"
+            f" {report.rate * report.jobs:.0f}/s, {left / 60:.0f} min left"
+        )
+        end = "\r" if terminal and report.seeds < self.seeds else "\n"
+        print(f"{line:70}", end=end, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,59 +2,174 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import platform
+import signal
+import subprocess
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from tests.sim.world import Faults, World, simulate
+from firstboot.protocol.assembly import Assembly
+from tests.sim.world import Faults, World, play
 
 SIZES = (3, 3, 5, 2, 4, 1, 7)  # hosts of a run, by seed
 CHUNK = 50
+KEPT = 50  # failures of which a report holds the text
+TICK = 0.1  # seconds; how finely times are counted
 
 
 @dataclass
 class Report:
-    """What a campaign saw; `longest` is virtual seconds from the end of faults to all running."""
+    """What a campaign saw. Times are virtual; `formed` and `healed` count TICKs.
 
+    `formed` is from the first moment to all running, `healed` from the end of the faults for
+    those that had not formed before.
+    """
+
+    first: int = 0
     seeds: int = 0
     events: int = 0
-    checks: int = 0
-    longest: float = 0.0
+    elapsed: float = 0.0  # real seconds
+    jobs: int = 1
+    stuck: int = 0  # L1
+    splits: int = 0  # I1 and I2, inside the promise
+    told: int = 0  # splits outside of it, each of them told by the masters
+    outside: int = 0  # runs that left the promise: 2q <= V, or one identity twice
+    boundaries: int = 0  # crashed at, one run each
+    failed: int = 0
+    version: str = ""
     faults: Counter[str] = field(default_factory=Counter)
+    checks: Counter[str] = field(default_factory=Counter)
+    formed: Counter[int] = field(default_factory=Counter)
+    healed: Counter[int] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
 
     def add(self, other: Report) -> None:
         """Join another part of the campaign."""
-        self.seeds += other.seeds
-        self.events += other.events
-        self.checks += other.checks
-        self.longest = max(self.longest, other.longest)
-        self.faults += other.faults
-        self.failures += other.failures
+        for name in ("seeds", "events", "stuck", "splits", "told", "outside", "failed"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("faults", "checks", "formed", "healed"):
+            getattr(self, name).update(getattr(other, name))
+        self.failures += other.failures[: max(0, KEPT - len(self.failures))]
+
+    def saw(self, world: World) -> None:
+        """Count a run that violated nothing."""
+        self.events += world.events
+        self.told += world.witness.split_told
+        self.outside += not world.witness.safe
+        if world.ended and world.formed is not None:
+            self.formed[round(world.formed / TICK)] += 1
+            after = world.formed - world.peaceful
+            if after > 0:
+                self.healed[round(after / TICK)] += 1
+
+    def failure(self, seed: int, error: AssertionError) -> None:
+        """Count and keep a run that did."""
+        self.failed += 1
+        self.stuck += str(error).startswith("L1")
+        self.splits += str(error).startswith(("I1", "I2"))
+        if len(self.failures) < KEPT:
+            self.failures.append(f"seed {seed}:\n{traceback.format_exc(limit=-2)}")
+
+    @property
+    def rate(self) -> float:
+        """Runs a second and process."""
+        return self.seeds / max(self.elapsed, 1e-3) / self.jobs
+
+    def summary(self) -> dict[str, Any]:
+        """All of it in plain types."""
+        return {
+            "version": self.version,
+            "python": platform.python_version(),
+            "first": self.first,
+            "seeds": self.seeds,
+            "events": self.events,
+            "seconds": round(self.elapsed, 1),
+            "jobs": self.jobs,
+            "runs_per_second_and_process": round(self.rate, 1),
+            "checks": dict(sorted(self.checks.items())),
+            "faults": dict(sorted(self.faults.items())),
+            "splits_inside_the_promise": self.splits,
+            "splits_outside_all_told": self.told,
+            "runs_outside_the_promise": self.outside,
+            "stuck": self.stuck,
+            "boundaries_enumerated": self.boundaries,
+            "formed": _times(self.formed),
+            "formed_after_the_faults": _times(self.healed),
+            "failed": self.failed,
+            "failures": self.failures,
+        }
 
     def text(self) -> str:
         """The report as a person reads it."""
-        faults = ", ".join(f"{kind} {n}" for kind, n in sorted(self.faults.items()))
+        told = self.summary()
+        last, checks = self.first + self.seeds - 1, sum(self.checks.values())
+        formed, healed = told["formed"], told["formed_after_the_faults"]
         lines = [
-            f"{self.seeds} formations, {self.events} events, {self.checks} invariant checks",
-            f"faults injected: {faults or 'none'}",
-            f"longest from the end of faults to all running: {self.longest:.1f} virtual s",
-            f"violations and stuck runs: {len(self.failures)}",
+            f"firstboot {self.version}, Python {told['python']}, seeds {self.first} to {last}",
+            f"{self.seeds} formations, {self.events} events, {checks} invariant checks in"
+            f" {self.elapsed:.0f} s: {self.rate:.0f} a second and process, {self.jobs} processes",
+            "checks: " + ", ".join(f"{rule} {n}" for rule, n in told["checks"].items()),
+            "faults: " + (", ".join(f"{k} {n}" for k, n in told["faults"].items()) or "none"),
+            f"time to form, virtual: median {formed['median']} s, longest {formed['longest']} s"
+            f" ({formed['runs']} runs)",
+            f"after the end of the faults: median {healed['median']} s, longest"
+            f" {healed['longest']} s ({healed['runs']} runs that had not formed before)",
+            f"splits inside the promise (2q > V): {self.splits}",
+            f"splits outside of it: {self.told}, all told by the masters that met"
+            f" ({self.outside} runs left the promise)",
+            f"stuck: {self.stuck}",
         ]
+        if self.boundaries:
+            lines.append(f"boundaries enumerated: {self.boundaries}")
+        lines.append(f"violations and stuck runs: {self.failed}")
         return "\n".join([*lines, *self.failures[:5]])
 
-    def json(self) -> str:
-        """The same for programs."""
-        return json.dumps(vars(self), default=dict)
+    def write(self, path: Path) -> None:
+        """As text and as JSON, beside each other."""
+        path.with_suffix(".txt").write_text(self.text() + "\n")
+        path.with_suffix(".json").write_text(json.dumps(self.summary(), indent=1) + "\n")
+
+
+def _times(counted: Counter[int]) -> dict[str, Any]:
+    """Runs, and of their times median and longest in seconds."""
+    runs, ahead = sum(counted.values()), 0
+    median = 0
+    for tick in sorted(counted):
+        median, ahead = tick, ahead + counted[tick]
+        if 2 * ahead >= runs:
+            break
+    longest = max(counted, default=0)
+    return {"runs": runs, "median": round(median * TICK, 1), "longest": round(longest * TICK, 1)}
+
+
+def version() -> str:
+    """What git calls this tree."""
+    git = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "not in git"
+
+
+# ---------------------------------------------------------------- runs
+
+
+def new_world(seed: int, core: type[Assembly] = Assembly) -> World:
+    """The world of that seed, before anything happens: always the same."""
+    return World(seed, hosts=SIZES[seed % len(SIZES)], core=core)
 
 
 def world_of(seed: int) -> World:
-    """The run of that seed: always the same."""
-    return simulate(seed, hosts=SIZES[seed % len(SIZES)])
+    """The run of that seed."""
+    world = new_world(seed)
+    play(world)
+    return world
 
 
 def run_seeds(seeds: Iterable[int]) -> Report:
@@ -62,54 +177,67 @@ def run_seeds(seeds: Iterable[int]) -> Report:
     report = Report()
     for seed in seeds:
         report.seeds += 1
+        world = new_world(seed)
         try:
-            world = world_of(seed)
-        except AssertionError:
-            report.failures.append(f"seed {seed}:\n{traceback.format_exc(limit=-2)}")
-            continue
-        report.events += world.events
-        report.checks += world.witness.checks
+            play(world)
+        except AssertionError as error:
+            report.failure(seed, error)
+        else:
+            report.saw(world)
+        for what, times in world.witness.checks.items():
+            report.checks[what.partition(":")[0]] += times
         report.faults.update(world.counts)
-        if world.ended:
-            report.longest = max(report.longest, world.now - world.peaceful)
     return report
 
 
 def campaign(first: int, count: int, jobs: int, tell: Callable[[Report], None]) -> Report:
-    """Run `count` seeds in `jobs` processes; `tell` hears of the progress."""
-    total = Report()
-    chunks = [range(n, min(n + CHUNK, first + count)) for n in range(first, first + count, CHUNK)]
-    for part in _in_processes(chunks, jobs):
-        total.add(part)
-        tell(total)
+    """Run `count` seeds in `jobs` processes; `tell` hears of the progress.
+
+    On an interrupt it ends early, with a report of what was run.
+    """
+    total, started = Report(first=first, jobs=jobs, version=version()), time.monotonic()
+    end = first + count
+    chunks = (range(n, min(n + CHUNK, end)) for n in range(first, end, CHUNK))
+    parts = map(run_seeds, chunks) if jobs == 1 else _in_processes(chunks, jobs)
+    try:
+        for part in parts:
+            total.add(part)
+            total.elapsed = time.monotonic() - started
+            tell(total)
+    except KeyboardInterrupt:
+        total.elapsed = time.monotonic() - started
     return total
 
 
-def _in_processes(chunks: list[range], jobs: int) -> Iterator[Report]:
-    if jobs == 1:
-        yield from map(run_seeds, chunks)
-        return
-    with ProcessPoolExecutor(jobs) as pool:
-        yield from pool.map(run_seeds, chunks)
+def _in_processes(chunks: Iterator[range], jobs: int) -> Iterator[Report]:
+    """A few chunks ahead of the processes, so that memory stays the same however many there are."""
+    with ProcessPoolExecutor(jobs, initializer=_ignore_interrupts) as pool:
+        waiting = {pool.submit(run_seeds, c) for c in itertools.islice(chunks, 2 * jobs)}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                waiting |= {pool.submit(run_seeds, c) for c in itertools.islice(chunks, len(done))}
+                for future in done:
+                    yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def narrated(seed: int) -> Iterator[str]:
     """The event list of one seed, for a person to follow."""
     lines: list[str] = []
+    world = new_world(seed)
+    world.trace = lines.append
     try:
-        world = World(seed, hosts=SIZES[seed % len(SIZES)])
-        world.trace = lines.append
-        world.schedule()
-        world.run(world.bound, world.all_running)
+        play(world)
         lines.append(world.picture())
     except AssertionError as error:
         lines.append(f"VIOLATION {error}")
     yield from lines
 
 
-def stopwatch(report: Report, started: float) -> str:
-    """Runs per second so far."""
-    return f"{report.seeds / max(time.monotonic() - started, 1e-3):.0f}/s"
-
-
-__all__ = ["Faults", "Report", "campaign", "narrated", "run_seeds", "stopwatch", "world_of"]
+__all__ = ["Faults", "Report", "campaign", "narrated", "run_seeds", "world_of"]

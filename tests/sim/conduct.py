@@ -15,6 +15,7 @@ must agree. The windows are checked on the world's own clock, not on what a host
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from firstboot.protocol import events, messages
@@ -40,23 +41,23 @@ class Conduct:
 
     def __init__(self, config: ClusterConfig) -> None:
         self.config = config
-        self.checks = 0
+        self.checks: Counter[str] = Counter()  # by the sentence that would be said
         self.first_held: dict[Value, float] = {}  # when a value first was on some disk
         self.met: dict[tuple[int, int], set[str]] = {}  # host, boot -> the voters it met
         self.answers: dict[tuple[str, str], Member] = {}  # CA, node id -> who it was signed as
         self.named: dict[tuple[str, str], str] = {}  # CA, name -> node id
 
-    def must(self, holds: bool, what: str) -> None:
-        """Raise Violation(what) unless it holds."""
-        self.checks += 1
+    def must(self, holds: bool, what: str, detail: str = "") -> None:
+        """Raise Violation unless it holds; `what` begins with the rule, and is always the same."""
+        self.checks[what] += 1
         if not holds:
-            raise Violation(what)
+            raise Violation(what + detail)
 
     # ------------------------------------------------------------ deciding
 
     def heard(self, host: Host, event: events.Event) -> None:
         """A Hello that the core took note of tells it of one more voter."""
-        if isinstance(event, events.MessageReceived) and isinstance(event.message, messages.Hello):
+        if type(event) is events.MessageReceived and type(event.message) is messages.Hello:
             known = host.core is not None and event.node_id in host.core.peers
             if known and event.message.voter:
                 self.voters_met(host).add(event.node_id)
@@ -73,7 +74,7 @@ class Conduct:
             silent = now - self.first_held.get(base, now)
             self.must(silent >= MASTER_SILENT, "W2: to be replaced, though not silent for 30 s")
         if this.purpose is Purpose.FOUND and self._in_grace(host):
-            few = len(self.voters_met(host)) < 2 * self.config.expect
+            few = len(self.voters_met(host)) < 2 * host.document.expect
             self.must(few, "W4: a cluster is founded among too many voters")
 
     @staticmethod
@@ -89,14 +90,15 @@ class Conduct:
     def won(self, host: Host, this: Round) -> None:
         """W1 and W3, when a round has got by."""
         voters = min(len(this.accepted), len(this.promises))
-        if voters < self.config.expect:
+        if voters < host.document.expect:
             self.must(not self._in_grace(host), "W1: decided by fewer than expect within grace")
             enough = 2 * voters > len(self.voters_met(host))
             self.must(enough, "W3: decided by no majority of the voters met")
 
     def _in_grace(self, host: Host) -> bool:
         """Whether the grace period cannot be over: it begins after the start of the process."""
-        return self.config.strict or host.world.now < host.started + self.config.grace
+        config = host.document
+        return config.strict or host.world.now < host.started + config.grace
 
     # ------------------------------------------------------------ the disk, and what depends on it
 
@@ -163,7 +165,7 @@ class Conduct:
         if core is None or core.failure or not (core.founder and core.may_start):
             return False
         members = core.roster.issued.keys()
-        if not full(self.config, len(members)) or members & world.copied:
+        if not full(host.document, len(members)) or members & (world.copied | world.witness.forgot):
             return False
         others = members - {host.node_id} - set(host.disk.stored.confirmed)
         there = [(i, world.by_id[i]) for i in others]

@@ -1,20 +1,74 @@
-"""I1-I8 and I11 of the formation, checked while a simulated run goes on."""
+"""The invariants of the formation, checked while a simulated run goes on.
+
+====  ==============================================================================================
+I1    At most one cluster id is ever ACTIVE, while any two quorums that were used meet (`safe`);
+      where they need not, two masters that meet say CONFLICT or CONFIG_MISMATCH.
+I2    At most one founding master is ever ACTIVE, under the same promise.
+I3    A unit starts only on a host that holds ACTIVE on disk, as a quorum does; a master's unit only
+      where that value names the host as master.
+I4    Promised and accepted ballots never decrease; no Promise, Accepted, Granted, Activated,
+      Confirmed or Noted leaves before what it says is on disk.
+I5    Values accepted under one ballot are equal.
+I6    One CA key per host and epoch; at the end only the master's own is left. That a key never
+      leaves its host is in the types: no event, action or message carries one (and with
+      ``masters: 3`` it travels in no message either); on disk ``tests/adapters/test_pki``.
+I7    One key per host and epoch; no more certificates than may be admitted.
+I8    What a host stores and starts with chains to the chosen fingerprint.
+I9    A host that has closed neither dials nor accepts on the bootstrap channel, keeps no such
+      connection, and whoever must close does. No token bytes on disk, in status or journal:
+      ``tests/machines/test_cluster`` (A31), a token holder after CLOSE ``tests/network`` (A29).
+I10   Unauthenticated input (an address, a stranger, a failed dial) changes neither what is stored,
+      nor the voters, the round or the role, and makes a host do nothing but dial.
+I11   What is stored always parses back to the same.
+L1    After the faults, with a quorum on, all run within a bound.
+L2    Below the quorum the status has the numbers and names who was there and is missing.
+L3    Started again after ACTIVE, a host changes nothing (drawn for a share of the runs).
+====  ==============================================================================================
+
+**The promise** holds while 2q > V: q is the smallest quorum a value was chosen with, V the number
+of voter identities that ever voted. A re-created disk is another identity. A disk set back to a
+snapshot is one more voter as well, for it forgot what it promised - unless it had already used a
+ballot of its own in the forgotten stretch: that it would use again, as a clone does, and a ballot
+used for two values is outside of any promise. Copies of one identity vote twice under the same
+ballots until they meet: no promise either.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from firstboot.protocol import events, messages
+from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.election import Round
-from firstboot.protocol.model import Ballot, ClusterConfig, Issued, Register, Stored, Value
+from firstboot.protocol.model import (
+    Ballot,
+    Channel,
+    ClusterConfig,
+    Issued,
+    Register,
+    Role,
+    Stored,
+    Value,
+)
+from firstboot.protocol.plan import StartUnit, Step
 from tests.sim.conduct import Conduct, Violation
 from tests.sim.outcome import must_describe
 
 if TYPE_CHECKING:
-    from tests.sim.machine import Host
+    from tests.sim.machine import Disk, Host
     from tests.sim.world import World
 
 DESCRIBE_EVERY = 64  # events
+UNAUTHENTICATED = (events.PeerFound, events.StrangerSeen, events.ConnectFailed)
+
+
+class Before(NamedTuple):
+    """What a host held before an event; `idle` if the event alone may change nothing (I10)."""
+
+    round: Round | None
+    stored: Stored
+    voters: int
+    idle: bool
 
 
 class Witness(Conduct):
@@ -26,37 +80,48 @@ class Witness(Conduct):
         self.by_ballot: dict[Ballot, Value] = {}
         self.acceptors: dict[tuple[Ballot, Value], set[str]] = {}
         self.voters: set[str] = set()
-        self.copied = False  # whether two disks with one identity are in use
+        self.copied = False  # whether one identity was in use twice, or as good as
+        self.forgot: set[str] = set()  # identities whose disk was set back
         self.smallest = config.expect  # quorum really used
+        self.split_told = False  # whether a split outside the promise was found, and told
         self.keys: dict[tuple[str, int], str] = {}
         self.made: set[tuple[str, int]] = set()
+        self._own: dict[str, Ballot] = {}  # the highest ballot of its own that a host used
         self._looks = 0
 
     @property
     def safe(self) -> bool:
-        """Whether the promise applies: any two quorums that were used meet (2q > V).
-
-        Copies of one identity vote twice under the same ballots until they meet: no promise then.
-        """
+        """Whether the promise applies: any two quorums that were used meet (2q > V)."""
         return not self.copied and 2 * self.smallest > len(self.voters)
 
+    # ------------------------------------------------------------ disks
+
     def booted(self, host: Host) -> None:
-        """One more that may vote."""
-        if host.disk.lost:
-            return
-        self.copied |= host.identity_of is not None
-        self.voters.add(host.node_id)
+        """Whether it is a copy."""
+        self.copied |= host.node_id in host.world.copied
+
+    def rolled_back(self, host: Host, older: Disk) -> None:
+        """One more voter, or as bad as a clone: see the promise above."""
+        register, old = host.disk.stored.register, older.stored.register
+        if (register, host.disk.authorities) != (old, older.authorities):
+            self.copied |= self._own.get(host.node_id, Ballot()) > old.promised
+            self.voters.add(f"{host.node_id} as it was before boot {host.boots}")
+        self.forgot.add(host.node_id)
 
     def persisted(self, host: Host, old: Stored, new: Stored) -> None:
         """I4, I5 and I11, and who accepted what."""
         before, after = old.register, new.register
-        self.must(after.promised >= before.promised, "I4: a promised ballot decreased")
-        self.must(after.accepted >= before.accepted, "I4: an accepted ballot decreased")
+        if after is not before:
+            self.must(after.promised >= before.promised, "I4: a promised ballot decreased")
+            self.must(after.accepted >= before.accepted, "I4: an accepted ballot decreased")
+            self.voters.add(host.node_id)
+            if after.promised.node_id == host.node_id:
+                self._own[host.node_id] = after.promised
+            self._accepted(host.node_id, after)
+            if after.value is not None:
+                self.first_held.setdefault(after.value, host.world.now)
         self.kept(old, new)
-        if after.value is not None:
-            self.first_held.setdefault(after.value, host.world.now)
-        self._accepted(host.node_id, after)
-        if new.decided is not None and new.decided.active:
+        if new.decided is not old.decided and new.decided is not None and new.decided.active:
             self._active(new.decided)
         if new.decided is not old.decided or after.value is not before.value:
             again = messages.from_plain(Stored, messages.to_plain(new))
@@ -66,58 +131,97 @@ class Witness(Conduct):
         if register.value is None:
             return
         known = self.by_ballot.setdefault(register.accepted, register.value)
-        self.must(
-            known == register.value or self.copied, "I5: two values accepted under one ballot"
-        )
+        same = known == register.value or self.copied
+        self.must(same, "I5: two values accepted under one ballot")
         self.acceptors.setdefault((register.accepted, register.value), set()).add(node_id)
 
     def _active(self, value: Value) -> None:
         self.active[value.cluster_id] = value.founder.node_id
         if self.safe:
+            one = len(set(self.active.values())) == 1
             self.must(len(self.active) == 1, "I1: two clusters are ACTIVE")
-            self.must(len(set(self.active.values())) == 1, "I2: two founding masters")
+            self.must(one, "I2: two founding masters")
+
+    # ------------------------------------------------------------ messages and connections
 
     def sent(self, host: Host, action: events.Send) -> None:
-        """I4: no reply leaves before its Persist is done."""
-        disk = host.disk.stored.register
+        """I4: nothing is said before it is on disk."""
+        register = host.disk.stored.register
         match action.message:
             case messages.Promise(ballot=ballot):
-                self.must(disk.promised >= ballot, "I4: a promise left before it was on disk")
+                done = register.promised >= ballot
+                self.must(done, "I4: a promise left before it was on disk")
             case messages.Accepted(ballot=ballot):
-                self.must(disk.accepted >= ballot, "I4: an acceptance left before it was on disk")
+                done = register.accepted >= ballot
+                self.must(done, "I4: an acceptance left before it was on disk")
             case message:
                 self.told(host, message, action.node_id)
 
-    def look(self, host: Host, event: events.Event, before: Round | None) -> None:
-        """After every event: which quorum a round got by with, and what is held for decided."""
-        core = host.core
-        if core is None:
-            return
+    def dialled(self, host: Host, action: events.Connect) -> None:
+        """I9: not on the bootstrap channel once it is shut."""
+        quiet = action.channel is Channel.CLUSTER or not host.shut
+        self.must(quiet, "I9: a host that has closed dials on the bootstrap channel")
+
+    # ------------------------------------------------------------ events
+
+    def before(self, host: Host, core: Assembly, event: events.Event) -> Before:
+        """What is held before the event; unauthenticated if nothing else is due (I10)."""
+        idle = isinstance(event, UNAUTHENTICATED) and host.alarm > host.world.now
+        return Before(core.round, core.stored, len(core.voters), idle)
+
+    def look(
+        self,
+        host: Host,
+        core: Assembly,
+        event: events.Event,
+        before: Before,
+        actions: list[events.Action],
+    ) -> None:
+        """After every event: what it changed, what quorum a round got by with, what is decided."""
         self.heard(host, event)
-        if before is not None and before is not core.round and self.wins(core, event, before):
-            self.smallest = min(self.smallest, len(before.accepted), len(before.promises))
-            self.won(host, before)
-        if core.round is not None and core.round is not before:
-            self.begun(host, core.round)
-        if core.decided is not None and core.decided.active:
-            self._active(core.decided)
+        this = before.round
+        if core.round is not this:
+            if this is not None and self.wins(core, event, this):
+                self.smallest = min(self.smallest, len(this.accepted), len(this.promises))
+                self.won(host, this)
+            if core.round is not None:
+                self.begun(host, core.round)
+        if before.idle:
+            same = core.stored is before.stored and core.round is this
+            same = same and len(core.voters) == before.voters
+            self.must(same, "I10: a stranger changed what is stored or decided")
+            dials = all(isinstance(a, events.Connect) for a in actions)
+            self.must(dials, "I10: a stranger made a host do more than dial")
+        decided = core.stored.decided
+        if decided is not host.known:
+            host.known = decided
+            if decided is not None and decided.active:
+                self._active(decided)
         self._looks += 1
         if self._looks % DESCRIBE_EVERY == 0:
             must_describe(host)
 
-    def unit_started(self, host: Host) -> None:
+    def unit_started(self, host: Host, step: Step) -> None:
         """I3: a unit starts only once a quorum holds ACTIVE on disk. I8: with its certificates."""
         value = host.disk.stored.decided
-        self.must(value is not None and value.active, "I3: a unit started before ACTIVE")
+        if value is None or not value.active:
+            raise Violation("I3: a unit started before ACTIVE")
         accepted = [len(ids) for (_, v), ids in self.acceptors.items() if v == value]
-        enough = max(accepted, default=0) >= self.config.majority
+        enough = max(accepted, default=0) >= host.document.majority
         self.must(enough, "I3: a unit started though no quorum holds ACTIVE")
-        chosen = value.fingerprint if value is not None else ""
-        self.must(host.disk.certificates == chosen, "I8: certificates of another CA")
+        if isinstance(step, StartUnit):
+            wanted = Role.MASTER if step.unit == "master.service" else Role.NODE
+            mine = value.role_of(host.node_id) is wanted
+            self.must(mine, "I3: a unit of another role started")
+        chains = host.disk.certificates == value.fingerprint
+        self.must(chains, "I8: certificates of another CA")
+
+    # ------------------------------------------------------------ certificates
 
     def authority_made(self, host: Host, epoch: int) -> None:
         """I6: one CA key per epoch and host."""
-        where = (f"{host.node_id} {host.index}", epoch)  # a copied disk makes its own
+        forgot = host.boots if host.node_id in self.forgot else 0
+        where = (f"{host.node_id} {host.index} {forgot}", epoch)  # a copied disk makes its own
         self.must(where not in self.made, "I6: a second CA key for one epoch")
         self.made.add(where)
 
@@ -125,17 +229,29 @@ class Witness(Conduct):
         """I7: one key per host and epoch, and no more members than may be admitted."""
         where = (host.disk.authorities[entry.epoch] + entry.member.node_id, entry.epoch)
         known = self.keys.setdefault(where, entry.key)
-        self.must(known == entry.key, "I7: two keys for one host in one epoch")
-        self.answered(host, entry)
-        if self.config.join_extra is not None:
+        same = known == entry.key or host.node_id in self.forgot
+        self.must(same, "I7: two keys for one host in one epoch")
+        if host.node_id not in self.forgot:
+            self.answered(host, entry)
+        config = host.document
+        if config.join_extra is not None:
             members = sum(epoch == entry.epoch for epoch, _ in host.disk.issued)
-            bound = self.config.expect + self.config.join_extra + self.config.masters
+            bound = config.expect + config.join_extra + config.masters
             self.must(members <= bound, "I7: more members than may be admitted")
+
+    def certificates_stored(self, host: Host) -> None:
+        """I8: of the CA whose fingerprint this host holds for chosen."""
+        value = host.core.decided if host.core is not None else None
+        chains = value is not None and host.disk.certificates == value.fingerprint
+        self.must(chains or host.core is None, "I8: certificates of a CA that is not chosen")
+
+    # ------------------------------------------------------------ the end
 
     def finish(self, world: World) -> None:
         """At the end: one cluster, no CA key but its master's, a sentence from everybody."""
         for host in world.hosts:
             must_describe(host)
+            self._closed(host)
         cores = [h.core for h in world.hosts if h.core is not None and h.core.open]
         alone = [c for c in cores if c.founder and c.decided and c.decided.active and not c.failure]
         if self.safe:
@@ -145,15 +261,26 @@ class Witness(Conduct):
             for host in world.hosts:
                 self._no_stale_authority(host)
         elif len(alone) > 1 and not self.copied:
-            told = all(c.conflict is not None for c in alone)
-            self.must(told, "two clusters are ACTIVE, their masters meet and do not say so")
+            told = all(c.conflict or any(p.mismatch for p in c.peers.values()) for c in alone)
+            self.must(told, "I1: two clusters are ACTIVE, their masters meet and say nothing")
+            self.split_told = True
+
+    def _closed(self, host: Host) -> None:
+        """I9: who runs a node's role, or left, has closed and keeps no bootstrap connection."""
+        core = host.core
+        if host.gone:
+            self.must(host.shut, "I9: a host left without closing")
+        elif core is not None and core.running and not core.founder:
+            self.must(core.closed, "I9: a node that runs its role does not close")
+        kept = host.shut and any(c is Channel.BOOTSTRAP for _, c in host.channels)
+        self.must(not kept, "I9: a bootstrap connection outlived CLOSE")
 
     def _no_stale_authority(self, host: Host) -> None:
         value, kept = host.disk.stored.decided, set(host.disk.authorities)
-        if value is None or not value.active or host.core is None:
+        if value is None or not value.active or host.core is None or host.node_id in self.forgot:
             return
         allowed = {value.epoch} if value.founder.node_id == host.node_id else set()
-        self.must(kept <= allowed, "I6: a CA key of another epoch, or of no master, is still kept")
+        self.must(kept <= allowed, "I6: a CA key of another epoch, or no master's, is kept")
 
 
 __all__ = ["Violation", "Witness"]

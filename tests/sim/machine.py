@@ -9,19 +9,28 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from firstboot.protocol import events
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.events import Action, Event
-from firstboot.protocol.model import Channel, Endpoint, Issued, Self, Stored
+from firstboot.protocol.model import (
+    Channel,
+    ClusterConfig,
+    Endpoint,
+    Issued,
+    Self,
+    Stored,
+    Value,
+)
 
 if TYPE_CHECKING:
     from tests.sim.world import World
 
 NO_SPACE = "no space left on device"
+INFINITY = float("inf")
+DEADLINE = events.DeadlineReached()
 
 
 def digest(*parts: object) -> str:
@@ -40,6 +49,10 @@ class Disk:
     key: str = ""
     lost: bool = False  # the state file was torn: this host votes no more
 
+    def copy(self) -> Disk:
+        """Another disk with the same on it."""
+        return replace(self, issued=dict(self.issued), authorities=dict(self.authorities))
+
 
 class Host:
     """One simulated machine."""
@@ -47,41 +60,50 @@ class Host:
     def __init__(self, world: World, index: int) -> None:
         self.world, self.index = world, index
         self.endpoint = Endpoint(f"10.0.{index // 200}.{index % 200 + 10}", 7443)
-        self.identity = 0
+        self.config: ClusterConfig | None = None  # its own document, if that differs
         self.boots = 0
         self.born = 0.0  # when it is first switched on
         self.absent = False  # never switched on
         self.disk = Disk()
         self.core: Assembly | None = None
         self.started = 0.0  # when the process that runs now was
-        self.shut = False  # the bootstrap channel answers no more
         self.gone = False  # left after its work was done
+        self.shut = False  # carried out Close since it started
         self.paused_until = 0.0
         self.refuses_until = 0.0
-        self.identity_of: Host | None = None  # the host this disk was copied from
+        self.loops_until = 0.0  # a reboot loop
+        self.disk_fails_until = 0.0
         self.channels: dict[tuple[str, Channel], tuple[int, Host]] = {}
-        self.alarm = float("inf")
+        self.known: Value | None = None  # what `decided` was when the witness last looked
+        self.alarm = INFINITY
         self._deeds: deque[Callable[[], None]] = deque()
         self._persisting = False
         self._persist_next: events.Persist | None = None
+        self.take_identity(index, 0)
+
+    def take_identity(self, index: int, number: int) -> None:
+        """The identity key: a re-created disk has another, a copied disk its original's."""
+        self.identity = index, number
+        self.node_id = digest("id", self.world.seed, index, number)[:32]
 
     @property
-    def node_id(self) -> str:
-        """Derived from the identity key; a wiped disk has another."""
-        index = self.identity_of.index if self.identity_of is not None else self.index
-        return digest("id", self.world.seed, index, self.identity)[:32]
+    def document(self) -> ClusterConfig:
+        """The configuration it boots with."""
+        return self.config or self.world.config
 
     def boot(self) -> None:
         """Start the process from what is on disk."""
-        if self.core is not None or self.gone or self.absent or self.world.now < self.born:
+        world = self.world
+        if self.core is not None or self.gone or self.absent or world.now < self.born:
             return
         self.boots += 1
-        self.started, self.shut = self.world.now, self.disk.stored.closed
-        self.channels, self.alarm = {}, float("inf")
+        self.started = world.now
+        self.channels, self.alarm = {}, -INFINITY  # its first look is due
         self._deeds.clear()
         self._persisting, self._persist_next = False, None
+        self.shut, self.known = self.disk.stored.closed, None
         if self.boots > 1:
-            self.world.perhaps_move(self)
+            world.perhaps_move(self)
         me = Self(
             node_id=self.node_id,
             boot=f"{self.index}-{self.boots}",
@@ -90,19 +112,33 @@ class Host:
             voter=not self.disk.lost,
         )
         issued = [entry for entry, _ in self.disk.issued.values()]
-        self.world.witness.booted(self)
-        self.core = self.world.make_core(me, self.disk.stored, issued)
-        self.feed(events.DeadlineReached())
+        world.witness.booted(self)
+        self.core = world.make_core(me, self.disk.stored, issued, self.document)
+        self.feed(DEADLINE)
+        if world.now < self.loops_until and self.core is not None:
+            boots = self.boots
+            world.after(
+                world.rng.random() * 2.0, lambda: self.crash() if boots == self.boots else None
+            )
 
     def crash(self) -> None:
         """Power cut: the process and everything not synced are gone."""
-        if self.core is None:
-            return
+        if self.core is not None:
+            self.world.count("crash")
+            self._stop()
+            self.restart()
+
+    def _stop(self) -> None:
         self.core = None
-        self.world.count("crash")
+        world = self.world
         for node_id, channel in list(self.channels):
-            self.world.cut(self, node_id, channel, notice=self.world.rng.choice((0.01, 15.0)))
+            world.cut(self, node_id, channel, notice=world.rng.choice((0.01, 15.0)))
         self.channels = {}
+
+    def restart(self) -> None:
+        """systemd, or the power, brings back what died, after a while."""
+        if self.world.restarts:
+            self.world.after(0.5 + self.world.rng.random() * 2.5, self.boot)
 
     def wipe(self) -> None:
         """The disk is re-created: a new identity without memory."""
@@ -110,9 +146,10 @@ class Host:
             return
         self.world.count("wipe")
         self.crash()
-        self.disk, self.gone, self.identity_of = Disk(), False, None
-        self.identity = self.boots  # never used before
+        self.disk, self.gone = Disk(), False
+        self.take_identity(self.index, self.boots)  # never used before
         self.world.by_id[self.node_id] = self
+        self.restart()
 
     def lose_state(self) -> None:
         """The state file is torn: the identity and the CA files are still there."""
@@ -122,60 +159,78 @@ class Host:
         self.crash()
         self.disk.stored, self.disk.lost = Stored(), True
 
+    def roll_back(self, older: Disk) -> None:
+        """The disk is set back to a snapshot: everything written since is gone."""
+        if not self.boots or self.gone or older.lost != self.disk.lost:
+            return
+        self.world.count("rollback")
+        self.crash()
+        self.world.witness.rolled_back(self, older)
+        self.disk = older.copy()
+
     def copy_disk_of(self, other: Host) -> None:
-        """Start from a copy of that host's disk, identity and all."""
-        self.world.count("clone")
-        self.disk, self.identity_of, self.identity = deepcopy(other.disk), other, other.identity
-        self.world.copied.add(self.node_id)
+        """Start from a copy of that host's disk: with its identity, if it has one already."""
+        self.disk = other.disk.copy()
+        if other.boots:
+            self.world.count("clone")
+            self.take_identity(*other.identity)
+            self.world.copied.add(self.node_id)
+        else:
+            self.world.count("clone without identity")
         self.born, self.absent = self.world.now, False
         self.boot()
 
     def later(self, delay: float, event: Event) -> None:
         """Deliver an event to this incarnation only: a crash loses what was under way."""
-        boot = self.boots
-        self.world.after(delay, lambda: self.feed(event) if self.boots == boot else None)
+        self.world.at(self.world.now + delay, self.feed_if, self.boots, event)
+
+    def feed_if(self, boot: int, event: Event) -> None:
+        """Feed the event unless the host was switched off since."""
+        if self.boots == boot:
+            self.feed(event)
 
     def feed(self, event: Event) -> None:
         """Give the core an event, carry out its actions, arm its alarm."""
-        world = self.world
-        if self.core is None:
+        world, core = self.world, self.core
+        if core is None:
             return
-        if world.now < self.paused_until:
-            self.later(self.paused_until - world.now + 1e-6, event)
+        now = world.now
+        if now < self.paused_until:
+            self.later(self.paused_until - now + 1e-6, event)
             return
-        core, this = self.core, self.core.round
         world.events += 1
         if world.trace is not None:
-            world.trace(f"{world.now:10.4f} {self.index} {event}")
-        actions = core.receive(event, world.now)
-        world.witness.look(self, event, this)
-        for action in actions:
+            world.trace(f"{now:10.4f} {self.index} {event}")
+        witness = world.witness
+        seen = witness.before(self, core, event)
+        actions = core.receive(event, now)
+        witness.look(self, core, event, seen, actions)
+        for gap, action in enumerate(actions):
             if world.trace is not None:
                 world.trace(f"{'':10} {self.index}   -> {action}")
-            if world.crash_now():
+            if world.crash_now(self, actions, gap):
                 self.crash()
             if self.core is not core:
                 return
             self.carry_out(action)
-        self.arm()
-
-    def arm(self) -> None:
-        """Set the alarm to the core's deadline."""
-        if self.core is None:
+        if actions and world.crash_now(self, actions, len(actions)):
+            self.crash()
+        if self.core is not core:
             return
-        deadline = self.core.deadline
-        if deadline == self.alarm:
-            return
-        self.alarm = deadline
-        if deadline < float("inf"):
-            boot = self.boots
-            self.world.at(deadline, lambda: self.ring(boot, deadline))
+        deadline = core.deadline
+        if deadline != self.alarm:
+            self.alarm = deadline
+            if deadline < INFINITY:
+                world.at(deadline, self.ring, self.boots, deadline)
 
     def ring(self, boot: int, alarm: float) -> None:
         """The alarm rings, unless it was set anew since."""
         if self.boots == boot and self.alarm == alarm:
-            self.alarm = float("inf")
-            self.feed(events.DeadlineReached())
+            if self.world.now < self.paused_until:
+                self.world.at(self.paused_until + 1e-6, self.ring, boot, alarm)
+                return
+            self.alarm = INFINITY
+            self.feed(DEADLINE)
 
     # ------------------------------------------------------------ actions
 
@@ -210,7 +265,7 @@ class Host:
             case events.Finish():
                 world.witness.left(self)
                 self.gone = True
-                self.crash()
+                self._stop()
             case events.Close():
                 self.shut = True
                 for node_id, channel in list(self.channels):
@@ -218,7 +273,7 @@ class Host:
                         world.cut(self, node_id, channel, notice=0.01)
 
     def _run_step(self, action: events.RunStep) -> None:
-        self.world.witness.unit_started(self)
+        self.world.witness.unit_started(self, action.step)
         if self.world.chance("step failed", self.world.faults.step_failures):
             self.later(0.1, events.StepFailed(action.index, "Could not start it: it failed"))
         else:
@@ -248,6 +303,9 @@ class Host:
         self.world.after(self.world.fsync(), done)
 
     def _fails(self) -> bool:
+        if self.world.now < self.disk_fails_until:
+            self.world.count("write refused")
+            return True
         return self.world.chance("disk error", self.world.faults.disk_errors)
 
     def _persist(self, action: events.Persist) -> None:
@@ -264,8 +322,10 @@ class Host:
         if self._fails():
             self.feed(events.PersistFailed(action.sequence, NO_SPACE))
             return
-        self.world.witness.persisted(self, self.disk.stored, action.state)
-        self.disk.stored = action.state
+        old, self.disk.stored = self.disk.stored, action.state
+        self.world.witness.persisted(self, old, action.state)
+        if self.world.crash_now(self, [action], 1):
+            self.crash()
         self.feed(events.PersistDone(action.sequence))
 
     def _request(self) -> None:
@@ -320,4 +380,5 @@ class Host:
             self.feed(events.CertificatesRejected(action.epoch, NO_SPACE))
             return
         self.disk.certificates = action.fingerprint
+        self.world.witness.certificates_stored(self)
         self.feed(events.CertificatesStored(action.epoch))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from firstboot.protocol import status
+from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.enrolment import full
-from firstboot.protocol.model import Stage, Value
+from firstboot.protocol.model import ClusterConfig, Stage
 
 if TYPE_CHECKING:
     from tests.sim.machine import Host
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 
 def runs(host: Host) -> bool:
     """Whether this host runs its role, or did and left."""
-    return host.gone or (host.core is not None and host.core.stage is Stage.RUNNING)
+    core = host.core
+    return host.gone or (core is not None and core.plan is not None and core.stage is Stage.RUNNING)
 
 
-def all_settled(world: World) -> bool:
-    """Whether every host that will ever be on runs, or has been shut out for good."""
-    return all(runs(h) or h.absent or (h.core is not None and _out(world, h)) for h in world.hosts)
+def settled(world: World, host: Host) -> bool:
+    """Whether this host runs, will never be on, or has been shut out for good."""
+    return runs(host) or host.absent or (host.core is not None and _out(world, host))
 
 
 def _out(world: World, host: Host) -> bool:
@@ -30,53 +32,69 @@ def _out(world: World, host: Host) -> bool:
         return False
     if core.failure:
         return True  # a clone; only clones can get there, see `left_behind`
-    if not world.witness.active or world.hostile:
+    if not world.witness.active or world.hostile or world.now < world.peaceful:
         return False
     founders = [world.by_id[i] for i in world.witness.active.values()]
     alive = [f for f in founders if f.node_id in world.witness.active.values() and not f.gone]
     alive = [f for f in alive if not f.disk.lost]  # it forgot that it was the founder
+    alive = [f for f in alive if f.config == host.config]  # else it does not even listen
     welcome = [f for f in alive if f.core is None or not (f.core.closed or f.core.failure)]
     if not welcome:
         return True  # CLOSE, or MASTER_LOST: it waits
     if "belongs to another member" in core.denied or "with another address" in core.denied:
         return True  # it was re-created or moved, and an address is a member's for good
+    if host.node_id in world.witness.forgot and "with another key" in core.denied:
+        return True  # its disk was set back to before its key was made
     roster = [f.core.roster.issued for f in welcome if f.core is not None]
     return bool(roster) and all(
-        full(world.config, len(r)) and host.node_id not in r for r in roster
+        full(host.document, len(r)) and host.node_id not in r for r in roster
     )
 
 
-def _quorum_at_last(world: World) -> int:
+def _quorum_at_last(group: list[Host], config: ClusterConfig) -> int:
     """What the host that knows of the most voters needs: it may be the master."""
-    if world.config.strict:
-        return world.config.expect
-    seen = max(len(h.core.voters) for h in world.hosts if h.core is not None)
-    return max(world.config.majority, seen // 2 + 1)
+    if config.strict:
+        return config.expect
+    seen = max((len(h.core.voters) for h in group if h.core is not None), default=0)
+    return max(config.majority, seen // 2 + 1)
 
 
 def left_behind(world: World) -> list[str]:
     """Why this run is not as it must be: one line for every host that should run and does not."""
-    copied = world.copied
-    on = [h for h in world.hosts if h.core is not None and h.node_id not in copied]
-    voters = [h for h in on if h.core is not None and h.core.me.voter]
     wrong = []
     for host in world.hosts:
-        if runs(host) or host.absent or host.node_id in copied:
+        if runs(host) or host.absent or host.node_id in world.copied:
             continue  # one identity used twice: neither copy has a claim to anything
         core = host.core
         if core is None:
             wrong.append(f"{host.index} is down")
         elif core.failure:
             wrong.append(f"{host.index} failed: {core.failure}")
-        elif _out(world, host) or not world.witness.safe:
-            continue
-        elif not any(h.gone or h.disk.stored.activated for h in world.hosts) and (
-            len(voters) < max(_quorum_at_last(world), world.config.masters) or core.overlaunched
-        ):
-            wrong += _must_say_what_is_missing(host, len(voters))
-        else:
-            wrong.append(f"{host.index} is stuck: {status.sentence(core)[0]}")
+        elif not _out(world, host) and world.witness.safe:
+            wrong += _complaint(world, host)
     return wrong
+
+
+def _complaint(world: World, host: Host) -> list[str]:
+    """Why it does not run, unless it cannot, and says so. Hosts count those of one document."""
+    core = host.core
+    assert core is not None
+    group = [h for h in world.hosts if h.core is not None and h.config == host.config]
+    group = [h for h in group if h.node_id not in world.copied]
+    voters = sum(h.core.me.voter for h in group if h.core is not None)
+    config = host.document
+    if not any(h.gone or h.disk.stored.activated for h in world.hosts) and (
+        voters < max(_quorum_at_last(group, config), config.masters) or core.overlaunched
+    ):
+        return _must_say_what_is_missing(host, voters)
+    if any(h.config is not None for h in world.hosts) and _says_mismatch(core):
+        return []
+    return [f"{host.index} is stuck: {status.sentence(core)[0]}"]
+
+
+def _says_mismatch(core: Assembly) -> bool:
+    """Hosts of another expect vote among themselves; this one names them and waits."""
+    return any(p.mismatch for p in core.peers.values())
 
 
 def _must_say_what_is_missing(host: Host, voters: int) -> list[str]:
@@ -86,10 +104,15 @@ def _must_say_what_is_missing(host: Host, voters: int) -> list[str]:
     text, _ = status.sentence(core)
     if core.decided is not None or core.overlaunched or not core.me.voter:
         return []
+    host.world.witness.checks["L2: says what is missing"] += 1
     if core.present_voters() != voters:
         return [f"{host.index} counts {core.present_voters()} voters of {voters}"]
     if core.quorum > voters and f"waiting for {core.quorum - voters} more" not in text:
         return [f"{host.index} does not say what is missing: {text}"]
+    known = [p for p in core.peers.values() if p.hello is not None and not p.mismatch]
+    away = [p for p in known if not p.present(core.now)]
+    if core.quorum > voters and not all(status.label(p) in text for p in away[:3]):
+        return [f"{host.index} does not name who is away: {text}"]
     return []
 
 
@@ -98,18 +121,22 @@ def must_describe(host: Host) -> None:
     if host.core is not None:
         told = status.describe(host.core, 1_800_000_000.0)
         assert told["sentence"], "a status without a sentence"
+        assert not host.core.disk_error or any(p["code"] == "DISK" for p in told["problems"])
 
 
 def must_change_nothing(world: World, host: Host) -> None:
     """L3: a host that runs its role is started again; nothing that is decided changes."""
+    must = world.witness.must
     host.crash()
     host.gone = False
     stored, authorities, issued = host.disk.stored, dict(host.disk.authorities), host.disk.issued
-    held: Value | None = stored.decided
+    names = sorted(issued)
+    world.count("started again")
     host.boot()
     world.run(world.now + 90.0)
     after = host.disk
-    assert (after.stored.register, after.stored.decided) == (stored.register, held)
-    assert (after.stored.enrolled, after.authorities) == (stored.enrolled, authorities)
-    assert after.issued.keys() == issued.keys()
-    assert runs(host)
+    same = (after.stored.register, after.stored.decided) == (stored.register, stored.decided)
+    must(same, "L3: started again after ACTIVE, a host decided something else")
+    same = (after.stored.enrolled, after.authorities) == (stored.enrolled, authorities)
+    must(same and sorted(after.issued) == names, "L3: started again, it enrolled anew")
+    must(runs(host), "L3: started again, it does not run any more")

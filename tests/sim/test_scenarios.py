@@ -363,9 +363,9 @@ def test_a28_a_flood_of_strangers_changes_little(seed: int) -> None:
     for n in range(3000):
         stranger = Endpoint(f"10.66.{n // 250}.{n % 250 + 1}", 7443)
         for host in world.hosts:
-            world.at(n * 0.0001, lambda h=host, e=stranger: h.feed(events.PeerFound(e, "mdns")))  # type: ignore[misc]
+            world.at(n * 0.0001, lambda h=host, e=stranger: h.feed(events.PeerFound(e, "mdns")))
             seen = events.StrangerSeen("flood", stranger.host)
-            world.at(n * 0.0001, lambda h=host, e=seen: h.feed(e))  # type: ignore[misc]
+            world.at(n * 0.0001, lambda h=host, e=seen: h.feed(e))
     assert world.run(10.0, world.all_running), world.picture()
     one_cluster(world)
     assert world.now <= 3 * calm.now + 2.0

@@ -233,7 +233,8 @@ def test_a_cloned_identity_stops_both() -> None:
         world.at(0.0, host.boot)
     world.run(2.0)
     original = world.hosts[1]
-    clone.identity_of = original
+    clone.take_identity(*original.identity)
+    world.copied.add(clone.node_id)
     world.at(2.0, clone.boot)
     world.run(20.0)
     assert {h.core.failure for h in (original, clone) if h.core} == {"DUPLICATE_IDENTITY"}

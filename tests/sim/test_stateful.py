@@ -47,7 +47,7 @@ class Stage(World):
     crash_in = -1  # action boundaries until the power fails there; negative: it does not
     remembered: list[tuple[Host, Host, int, events.MessageReceived]]
 
-    def crash_now(self) -> bool:
+    def crash_now(self, host: Host, actions: list[events.Action], gap: int) -> bool:
         self.crash_in -= 1
         return self.crash_in == 0
 
@@ -189,7 +189,7 @@ class Adversary(RuleBasedStateMachine):
         world = self.world
         world.crash_in, world.faults.until = -1, world.now
         world.faults.disk_errors = world.faults.duplicate = 0.0
-        world._peace()
+        world.peace()
         ended = world.run(world.bound, world.all_running)
         if len(world.witness.active) > 1:
             world.run(world.now + 30.0)

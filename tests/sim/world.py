@@ -7,10 +7,13 @@ happen (`tests/sim/invariants.py`), so that a violation stops at the event that 
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import random
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
+from heapq import heappop, heappush
+from math import log
+from typing import Any
 
 from firstboot.protocol import events, messages
 from firstboot.protocol.assembly import Assembly
@@ -25,16 +28,25 @@ from firstboot.protocol.model import (
 )
 from firstboot.protocol.plan import Payload, RolePlan, StartUnit
 from firstboot.protocol.situation import Start
-from tests.sim.faults import Faults, drawn_config
+from tests.sim.befall import befall
+from tests.sim.faults import (
+    DAYS,
+    Faults,
+    Occurrence,
+    drawn_config,
+    drawn_occurrences,
+    other_expect,
+)
 from tests.sim.invariants import Witness
 from tests.sim.machine import Disk, Host, digest
-from tests.sim.outcome import all_settled, left_behind
+from tests.sim.outcome import left_behind, must_change_nothing, runs, settled
 
 PAYLOAD = Payload(
     "sim",
     master=RolePlan((Profile.PEER,), (StartUnit("master.service"),)),
     node=RolePlan((Profile.CLIENT,), (StartUnit("node.service"),)),
 )
+ONCE_MORE = 0.05  # share of the runs after which a host is started again (L3)
 DEAD_AFTER = 15.0  # TCP notices a silent peer (TCP_USER_TIMEOUT)
 
 
@@ -51,6 +63,7 @@ class World:
     ) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
+        self._luck = random.Random(seed + 0.5)  # of its own: a fault left out moves no delay
         if config is None:
             plain = ClusterConfig("demo", hosts, grace=30.0, agreed="x")
             config = drawn_config(self.rng, hosts) if faults is None else plain
@@ -59,19 +72,35 @@ class World:
         self.core = core
         self.now = 0.0
         self.ended = False  # all that can run did, before the bound
+        self.formed: float | None = None  # when that was, for the first time
+        self.restarts = False  # what died is switched on again by itself
         self.events = 0
         self.counts: dict[str, int] = {}
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self.occurrences: list[Occurrence] | None = None  # None: drawn from the seed
+        self.hits: dict[str, list[int]] = {}  # of each chance, which of its tries came true
+        self.only: dict[str, set[int]] | None = None  # the same, chosen instead of drawn
+        self._tries: dict[str, int] = {}
+        self._queue: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
         self._order = itertools.count()
         self.trace: Callable[[str], object] | None = None
         self.blocked: set[tuple[int, int]] = set()
         self.copied: set[str] = set()  # identities that were ever on two disks
         self.witness = Witness(self.config)
-        extra = self.faults.surplus + self.faults.clones
-        self.hosts = [Host(self, i) for i in range(hosts + extra)]
+        launched, clones = hosts + self.faults.surplus, self.faults.clones
+        self.hosts = [Host(self, i) for i in range(launched + clones + self.faults.joiners)]
+        self.launched = self.hosts[:launched]
+        self.clones = self.hosts[launched : launched + clones]
+        self.joiners = self.hosts[launched + clones :]
+        for host in self.joiners:
+            host.absent = True
+        for host in self.launched[1 : 1 + self.faults.mixed]:
+            host.config = other_expect(self.rng, self.config)
         self.by_id = {h.node_id: h for h in self.hosts}
         self.by_endpoint = {h.endpoint: h for h in self.hosts}
         self.foreign = [Endpoint(f"10.9.0.{i + 1}", 7443) for i in range(self.faults.foreign)]
+        self.past: deque[tuple[Host, str, events.MessageReceived]] = deque(maxlen=200)
+        self.snapshots: list[tuple[Host, Disk]] = []
+        self._unsettled = self.hosts[0]
 
     # ------------------------------------------------------------ clock
 
@@ -80,19 +109,21 @@ class World:
         """Whether faults still happen."""
         return self.now < self.faults.until
 
-    def at(self, when: float, what: Callable[[], None]) -> None:
-        """Call `what` at virtual time `when`."""
-        heapq.heappush(self._queue, (max(when, self.now), next(self._order), what))
+    def at(self, when: float, what: Callable[..., object], *args: Any) -> None:
+        """Call `what` with these arguments at virtual time `when`."""
+        now = self.now
+        heappush(self._queue, (when if when > now else now, next(self._order), what, args))
 
-    def after(self, delay: float, what: Callable[[], None]) -> None:
+    def after(self, delay: float, what: Callable[..., object], *args: Any) -> None:
         """Call `what` after `delay` seconds."""
-        self.at(self.now + delay, what)
+        heappush(self._queue, (self.now + delay, next(self._order), what, args))
 
     def run(self, until: float, done: Callable[[], bool] | None = None) -> bool:
         """Run until `done` or until that virtual time; whether it was `done`."""
-        while self._queue and self._queue[0][0] <= until:
-            self.now, _, what = heapq.heappop(self._queue)
-            what()
+        queue = self._queue
+        while queue and queue[0][0] <= until:
+            self.now, _, what, args = heappop(queue)
+            what(*args)
             if done is not None and done():
                 return True
         self.now = max(self.now, until)
@@ -100,10 +131,17 @@ class World:
 
     def chance(self, fault: str, probability: float) -> bool:
         """Whether this fault happens now, with that probability while faults happen at all."""
-        if probability and self.hostile and self.rng.random() < probability:
+        if not probability or self.now >= self.faults.until:
+            return False
+        number = self._tries[fault] = self._tries.get(fault, 0) + 1
+        if self.only is None:
+            hit = self._luck.random() < probability
+        else:
+            hit = number in self.only.get(fault, ())
+        if hit:
+            self.hits.setdefault(fault, []).append(number)
             self.count(fault)
-            return True
-        return False
+        return hit
 
     def count(self, fault: str) -> None:
         """One more injected fault of that kind."""
@@ -113,55 +151,65 @@ class World:
         """How long a durable write takes."""
         return 0.002 + self.rng.random() * 0.02
 
-    def make_core(self, me: Self, stored: Stored, issued: list[Issued]) -> Assembly:
+    def make_core(
+        self, me: Self, stored: Stored, issued: list[Issued], config: ClusterConfig
+    ) -> Assembly:
         """The code under test."""
         rng = random.Random(self.rng.random())
-        start = Start(self.config, me, stored, tuple(issued), PAYLOAD, {}, rng, self.now)
+        start = Start(config, me, stored, tuple(issued), PAYLOAD, {}, rng, self.now)
         return self.core(start)
 
     # ------------------------------------------------------------ network
 
     def delay(self) -> float:
         """One way, once."""
-        return self.rng.expovariate(1 / self.faults.delay) + 1e-5
+        return self.faults.delay * -log(1.0 - self.rng.random()) + 1e-5
 
     def lost(self, source: Host, target: Host) -> bool:
         """Whether one message on this link is lost now."""
-        if (source.index, target.index) in self.blocked:
+        if self.blocked and (source.index, target.index) in self.blocked:
             self.count("partitioned")
             return True
-        if self.hostile and self.rng.random() < self.faults.loss:
-            self.count("lost")
-            return True
-        return False
+        return self.chance("lost", self.faults.loss)
 
     def send(self, source: Host, action: events.Send) -> None:
-        """Carry one message, or lose it, or carry it twice."""
+        """Carry one message, or lose it, or carry it twice; perhaps an old one again."""
         self.witness.sent(source, action)
-        key = (action.node_id, action.channel)
-        if key not in source.channels:
+        channel = action.channel
+        there = source.channels.get((action.node_id, channel))
+        if there is None:
             return
-        connection, target = source.channels[key]
-        copies = 1 + (self.hostile and self.rng.random() < self.faults.duplicate)
-        for _ in range(copies):
+        connection, target = there
+        sender = source.node_id
+        received = events.MessageReceived(sender, channel, action.message)
+        for _ in range(1 + self.chance("duplicated", self.faults.duplicate)):
             if not self.lost(source, target):
-                received = events.MessageReceived(source.node_id, action.channel, action.message)
-                self._deliver(source.node_id, target, connection, received)
+                self.after(self.delay(), self._arrive, target, target.boots, connection, received)
+        if self.faults.replays:
+            self.past.append((target, sender, received))
+            if self.chance("replayed", self.faults.replays):
+                self._replay()
 
-    def _deliver(
-        self, sender: str, target: Host, connection: int, received: events.MessageReceived
+    def _arrive(
+        self, target: Host, boot: int, connection: int, received: events.MessageReceived
     ) -> None:
-        boot = target.boots
-
-        def arrive() -> None:
-            known = target.channels.get((sender, received.channel))
-            if target.boots == boot and known is not None and known[0] == connection:
+        if target.boots == boot:
+            known = target.channels.get((received.node_id, received.channel))
+            if known is not None and known[0] == connection:
                 target.feed(received)
 
-        self.after(self.delay(), arrive)
+    def _replay(self) -> None:
+        """An old message once more, of this or of a former connection or boot.
+
+        Only where its sender is connected now: TLS lets nobody else say anything.
+        """
+        target, sender, received = self.rng.choice(self.past)
+        if (sender, received.channel) in target.channels:
+            target.later(self.delay(), received)
 
     def connect(self, source: Host, action: events.Connect) -> None:
         """A dial: refused where nobody listens, timed out where packets vanish."""
+        self.witness.dialled(source, action)
         target = self.by_endpoint.get(action.endpoint)
 
         def fail(reason: str, delay: float) -> None:
@@ -173,21 +221,19 @@ class World:
             return fail("timeout", 5.0)
         if self.lost(source, target) or self.lost(target, source):
             return fail("timeout", 5.0)
-        boot, target_boot = source.boots, target.boots
+        if self.chance("dial hung", self.faults.half_open / 2):
+            return fail("timeout", 5.0)
+        return self.after(3 * self.delay(), self._answer, source, source.boots, target, action)
 
-        def establish() -> None:
-            if source.boots != boot or source.core is None:
-                return
-            if (
-                target.core is None
-                or target.boots != target_boot
-                or not self._opens(source, target, action.channel)
-            ):
-                fail("refused", 0.001)
-                return
-            self._establish(source, target, action)
-
-        return self.after(3 * self.delay(), establish)
+    def _answer(self, source: Host, boot: int, target: Host, action: events.Connect) -> None:
+        if source.boots != boot or source.core is None:
+            return
+        closed = source.shut and action.channel is Channel.BOOTSTRAP
+        if closed or target.core is None or not self._opens(source, target, action.channel):
+            refused = events.ConnectFailed(action.endpoint, action.channel, "refused")
+            source.later(0.001, refused)
+            return
+        self._establish(source, target, action)
 
     def _opens(self, source: Host, target: Host, channel: Channel) -> bool:
         """Whether the target answers on that channel."""
@@ -207,12 +253,23 @@ class World:
         channel = action.channel
         self.witness.opened(target, channel)
         source.channels[target.node_id, channel] = connection, target
-        target.channels[source.node_id, channel] = connection, source
         there = events.Connected(target.node_id, channel, action.endpoint, target.endpoint.host)
         source.later(0.0, there)
-        if target is not source:
-            here = events.Connected(source.node_id, channel, None, source.endpoint.host)
-            target.later(self.delay(), here)
+        if target is source:
+            return
+        if self.chance("half open", self.faults.half_open):
+            self.after(DEAD_AFTER, self._notice, source, target, channel, connection)
+            return
+        target.channels[source.node_id, channel] = connection, source
+        here = events.Connected(source.node_id, channel, None, source.endpoint.host)
+        target.later(self.delay(), here)
+
+    def _notice(self, host: Host, other: Host, channel: Channel, connection: int) -> None:
+        """The host learns that nobody is at the other end of that connection."""
+        for key, (number, end) in list(host.channels.items()):
+            if number == connection and end is other and key[1] is channel:
+                del host.channels[key]
+                host.later(0.0, events.Disconnected(*key))
 
     def cut(self, host: Host, node_id: str, channel: Channel, notice: float) -> None:
         """The connection is gone; the other side learns of it after `notice` seconds."""
@@ -232,6 +289,8 @@ class World:
         """Multicast: everybody hears where `host` is, and answers its query; or a static list."""
         for endpoint in self.foreign:
             host.later(self.delay(), events.PeerFound(endpoint, "static"))
+            if self.chance("wrong token", 0.3):
+                host.later(self.delay(), events.StrangerSeen("token", endpoint.host))
         if self.faults.static:
             for other in self.hosts:
                 host.later(0.0, events.PeerFound(other.endpoint, "static"))
@@ -239,22 +298,28 @@ class World:
         if self.now < self.faults.multicast_dead_until:
             self.count("multicast dead")
             return
+        here = events.PeerFound(host.endpoint, "mdns")
         for other in self.hosts:
             if other is host or other.core is None or not other.core.open:
                 continue
-            for hearer, told in ((other, host), (host, other)):
-                unlucky = self.hostile and self.rng.random() < self.faults.multicast_loss
-                if not unlucky and not self.lost(told, hearer):
-                    hearer.later(self.delay(), events.PeerFound(told.endpoint, "mdns"))
+            self._hear(host, other, here)
+            self._hear(other, host, events.PeerFound(other.endpoint, "mdns"))
+
+    def _hear(self, told: Host, hearer: Host, found: events.PeerFound) -> None:
+        unlucky = self.chance("multicast lost", self.faults.multicast_loss)
+        if not unlucky and not self.lost(told, hearer):
+            hearer.later(self.delay(), found)
 
     # ------------------------------------------------------------ faults
 
-    def crash_now(self) -> bool:
-        """Whether this very boundary between two actions is where the power fails."""
-        return self.hostile and self.rng.random() < self.faults.crash_boundary
+    def crash_now(self, host: Host, actions: list[events.Action], gap: int) -> bool:
+        """Whether the power fails in this very gap: before `actions[gap]`, or behind the last."""
+        return self.chance("crash at a boundary", self.faults.crash_boundary)
 
     def perhaps_move(self, host: Host) -> None:
         """DHCP gives another address, or a dead host's, to who has not been named anywhere yet."""
+        if not self.faults.moves or not self.hostile:
+            return
         values = [h.disk.stored.decided or h.disk.stored.register.value for h in self.hosts]
         named = {m.node_id for v in values if v is not None for m in v.masters}
         if host.disk.stored.decided or host.disk.lost or host.node_id in named:
@@ -273,87 +338,56 @@ class World:
         self.by_endpoint[host.endpoint] = host
 
     def schedule(self) -> None:
-        """Lay out boots, crashes, partitions, wipes and pauses over the hostile time."""
+        """Lay out boots and everything that shall befall over the hostile time."""
         faults, rng = self.faults, self.rng
-        originals = self.hosts[: len(self.hosts) - faults.clones]
-        for host in originals:
+        for host in self.launched:
             host.born = rng.random() * faults.skew
             self.at(host.born, host.boot)
-        for host in rng.sample(originals, min(faults.absent, len(originals) - 1)):
+        for host in rng.sample(self.launched, min(faults.absent, len(self.launched) - 1)):
             self.count("absent")
             host.absent = True
-        for clone in self.hosts[len(originals) :]:
+        for clone in self.clones:
             clone.absent = True
-            original = rng.choice(originals)
-            self.at(rng.random() * 30, lambda c=clone, o=original: c.copy_disk_of(o))  # type: ignore[misc]
+            when = rng.random() * 30 if rng.random() < 0.7 else 0.0
+            self.at(when, clone.copy_disk_of, rng.choice(self.launched))
+        for _ in range(faults.mixed):
+            self.count("mixed expect")
         if faults.refused_until:
             rng.choice(self.hosts).refuses_until = faults.refused_until
-        self._schedule_deaths()
-        for _ in range(faults.partitions):
-            start = rng.random() * faults.until
-            links = self._drawn_partition()
-            self.at(start, lambda links=links: self.partition(links))  # type: ignore[misc]
-            self.at(start + rng.random() * 40, lambda links=links: self.heal(links))  # type: ignore[misc]
-        for _ in range(faults.pauses):
-            host, length = rng.choice(self.hosts), rng.random() * 40
-            self.at(rng.random() * faults.until, lambda h=host, n=length: self._pause(h, n))  # type: ignore[misc]
-        self.at(faults.until, self._peace)
+        drawn = drawn_occurrences(rng, faults, len(self.hosts))
+        if self.occurrences is None:
+            self.occurrences = drawn
+        for occurrence in self.occurrences:
+            self.at(occurrence.at, befall, self, occurrence)
+        self.restarts = True
+        self.at(faults.until, self.peace)
 
-    def _schedule_deaths(self) -> None:
-        faults, rng = self.faults, self.rng
-        for _ in range(faults.crashes):
-            self.at(rng.random() * faults.until, rng.choice(self.hosts).crash)
-        for _ in range(faults.wipes):
-            self.at(rng.random() * faults.until, rng.choice(self.hosts).wipe)
-        for _ in range(faults.lost_states):
-            self.at(rng.random() * faults.until, rng.choice(self.hosts).lose_state)
-        for when in itertools.takewhile(lambda t: t < faults.until, itertools.count(1.0, 3.0)):
-            for host in self.hosts:  # systemd restarts what died, after a while
-                self.at(when + rng.random() * 3, host.boot)
-
-    def _drawn_partition(self) -> set[tuple[int, int]]:
-        """Halves, one host alone, one-way, or single links, as the seed has it."""
-        every = [(a.index, b.index) for a in self.hosts for b in self.hosts if a is not b]
-        kind = self.rng.randrange(3)
-        if kind == 0:
-            side = {h.index for h in self.hosts if self.rng.random() < 0.5}
-            return {(a, b) for a, b in every if (a in side) != (b in side)}
-        if kind == 1:
-            side = {self.rng.randrange(len(self.hosts))}
-            return {(a, b) for a, b in every if a in side}  # one way only
-        return {link for link in every if self.rng.random() < 0.3}
-
-    def partition(self, links: set[tuple[int, int]]) -> None:
+    def partition(self, links: Iterable[tuple[int, int]]) -> None:
         """From now on these links (source, target) carry nothing."""
         self.count("partition")
-        self.blocked |= links
+        self.blocked |= set(links)
         for a, b in sorted(links):
             host, other = self.hosts[a], self.hosts[b]
             for channel in Channel:
                 if (other.node_id, channel) in host.channels:
-                    self.after(
-                        DEAD_AFTER,
-                        lambda h=host, o=other, c=channel: (  # type: ignore[misc]
-                            self.cut(h, o.node_id, c, notice=0.1)
-                            if (h.index, o.index) in self.blocked
-                            else None
-                        ),
-                    )
+                    self.after(DEAD_AFTER, self._dead, host, other, channel)
 
-    def heal(self, links: set[tuple[int, int]]) -> None:
+    def _dead(self, host: Host, other: Host, channel: Channel) -> None:
+        if (host.index, other.index) in self.blocked:
+            self.cut(host, other.node_id, channel, notice=0.1)
+
+    def heal(self, links: Iterable[tuple[int, int]]) -> None:
         """They carry again."""
-        self.blocked -= links
+        self.blocked -= set(links)
 
-    def _pause(self, host: Host, length: float) -> None:
-        self.count("pause")
-        host.paused_until = self.now + length
-
-    def _peace(self) -> None:
+    def peace(self) -> None:
+        """All faults end, and every host is switched on."""
+        self.faults.until = min(self.faults.until, self.now)
         self.blocked.clear()
-        self.faults.crash_boundary = self.faults.loss = self.faults.multicast_loss = 0.0
         self.faults.multicast_dead_until = 0.0
         for host in self.hosts:
-            host.paused_until = host.refuses_until = self.now
+            host.paused_until = host.refuses_until = host.disk_fails_until = self.now
+            host.loops_until = 0.0
             host.boot()
 
     # ------------------------------------------------------------ outcome
@@ -361,7 +395,7 @@ class World:
     @property
     def peaceful(self) -> float:
         """When the faults are over and the last host was switched on, virtual seconds."""
-        return max(self.faults.until, self.faults.skew)
+        return max(self.faults.until, *(h.born for h in self.hosts))
 
     @property
     def bound(self) -> float:
@@ -369,8 +403,14 @@ class World:
         return self.peaceful + self.config.grace + 150.0
 
     def all_running(self) -> bool:
-        """Whether every host runs its role (or did, and left)."""
-        return all_settled(self)
+        """Whether every host runs its role (or did, and left), or is out for good."""
+        if not settled(self, self._unsettled):  # most often the one it was before
+            return False
+        for host in self.hosts:
+            if not settled(self, host):
+                self._unsettled = host
+                return False
+        return True
 
     def picture(self) -> str:
         """Where every host stands, for a failing seed."""
@@ -389,19 +429,50 @@ class World:
         return "\n".join(lines)
 
 
-def simulate(seed: int, core: type[Assembly] = Assembly, **options: object) -> World:
+def simulate(seed: int, core: type[Assembly] = Assembly, **options: Any) -> World:
     """One whole run: hostile time, then peace until every host runs; raises on a violation."""
-    world = World(seed, core=core, **options)  # type: ignore[arg-type]
+    world = World(seed, core=core, **options)
+    play(world)
+    return world
+
+
+def play(world: World) -> None:
+    """Carry out the run that was drawn for this world; raises on a violation."""
     world.schedule()
-    ended = world.ended = world.run(world.bound, world.all_running)
-    if ended:
+    _settle(world)
+    for host in world.joiners:
+        _join_late(world, host)
+    if world.rng.random() < ONCE_MORE and world.ended and world.witness.safe:
+        world.peace()
+        calm = [h for h in world.hosts if runs(h) and h.node_id not in world.copied]
+        if calm:
+            must_change_nothing(world, world.rng.choice(calm))
+
+
+def _settle(world: World) -> None:
+    world.ended = world.run(world.bound, world.all_running)
+    if world.formed is None:
+        world.formed = world.now
+    if world.ended:
         world.witness.must_close(world)
     if len(world.witness.active) > 1:
         world.run(max(world.now, world.faults.until) + 30.0)  # time to meet, and to say so
     world.witness.finish(world)
-    stuck = [] if ended else left_behind(world)
-    assert not stuck, f"seed {seed}, after {world.now} s: {stuck}\n{world.picture()}"
-    return world
+    stuck = [] if world.ended else left_behind(world)
+    world.witness.must(
+        not stuck, "L1: stuck", f" after {world.now:.0f} s: {stuck}\n{world.picture()}"
+    )
 
 
-__all__ = ["PAYLOAD", "Disk", "Faults", "Host", "World", "digest", "messages", "simulate"]
+def _join_late(world: World, host: Host) -> None:
+    """A host first booted when all is done: soon, or days later where nobody waits for it."""
+    world.count("joiner")
+    waits = any(h.core is not None for h in world.hosts)
+    world.run(world.now + world.rng.random() * (600.0 if waits else DAYS))
+    world.peace()
+    host.absent, host.born = False, world.now
+    host.boot()
+    _settle(world)
+
+
+__all__ = ["PAYLOAD", "Disk", "Faults", "Host", "World", "digest", "messages", "play", "simulate"]
