@@ -92,7 +92,8 @@ class Conduct:
         voters = min(len(this.accepted), len(this.promises))
         if voters < host.document.expect:
             self.must(not self._in_grace(host), "W1: decided by fewer than expect within grace")
-            enough = 2 * voters > len(self.voters_met(host))
+            # The promises were enough for the voters met when they came.
+            enough = 2 * len(this.accepted) > len(self.voters_met(host))
             self.must(enough, "W3: decided by no majority of the voters met")
 
     def _in_grace(self, host: Host) -> bool:

@@ -118,6 +118,7 @@ class Faults:
             absent=few(2, 0.15),
             mixed=few(2, 0.08),
             joiners=few(1, 0.08),
+            until=rng.choice((10.0, 20.0, 40.0, 60.0)),
         )
 
 

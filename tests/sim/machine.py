@@ -380,5 +380,4 @@ class Host:
             self.feed(events.CertificatesRejected(action.epoch, NO_SPACE))
             return
         self.disk.certificates = action.fingerprint
-        self.world.witness.certificates_stored(self)
         self.feed(events.CertificatesStored(action.epoch))

@@ -47,6 +47,7 @@ PAYLOAD = Payload(
     node=RolePlan((Profile.CLIENT,), (StartUnit("node.service"),)),
 )
 ONCE_MORE = 0.05  # share of the runs after which a host is started again (L3)
+PATIENCE = 110.0  # of the bound, how much is for those only that might still form, seconds
 DEAD_AFTER = 15.0  # TCP notices a silent peer (TCP_USER_TIMEOUT)
 
 
@@ -450,7 +451,9 @@ def play(world: World) -> None:
 
 
 def _settle(world: World) -> None:
-    world.ended = world.run(world.bound, world.all_running)
+    world.ended = world.run(world.bound - PATIENCE, world.all_running)
+    if not world.ended and left_behind(world):  # else they cannot form, and say so
+        world.ended = world.run(world.bound, world.all_running)
     if world.formed is None:
         world.formed = world.now
     if world.ended:
