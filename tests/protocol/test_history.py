@@ -335,7 +335,7 @@ def test_a_history_holds_no_key() -> None:
 
 
 def test_what_a_later_run_began_with_is_in_its_opening() -> None:
-    world = recorded(1)
+    world = recorded(7)
     later = [o for h in range(4) for o, _ in world.runs(h)[1:]]
     assert any(o.stored.register.value for o in later)
     assert any(o.stored.decided for o in later)

@@ -28,7 +28,7 @@ def test_no_seed_splits_or_gets_stuck() -> None:
     report = campaign(0, SEEDS, jobs=os.cpu_count() or 1, tell=lambda _: None)
     print(report.text())
     assert report.seeds == SEEDS
-    assert report.failures == []
+    assert report.failed == 0, report.text()
     for fault in ("crash", "lost", "partition", "disk error", "pause", "multicast dead", "wipe"):
         assert report.faults[fault] > 50, f"hardly any {fault}: the campaign is too kind"
     for fault in ("absent", "clone", "lost state", "moved", "refused", "step failed"):
