@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from firstboot.late import late_patterns
 from firstboot.protocol.errors import FirstbootError, UserError
 from firstboot.protocol.model import MAX_HOSTS
 
@@ -153,7 +154,8 @@ def _duration(text: str) -> float:
 def _run(root: Path) -> int:
     gc.disable()  # what is made until the service listens is no garbage; looking costs 5 %
     try:
-        from firstboot import service
+        with late_patterns():
+            from firstboot import service
 
         return service.run(root)
     finally:

@@ -26,6 +26,7 @@ from firstboot.carrier import Carrier
 from firstboot.discovery.interface import Context, Provider
 from firstboot.discovery.providers import PROVIDERS
 from firstboot.journal import WARNING, Journal
+from firstboot.late import late_patterns
 from firstboot.payloads.rows import PAYLOADS
 from firstboot.protocol import events, history
 from firstboot.protocol.assembly import Assembly
@@ -352,7 +353,8 @@ def run(root: Path) -> int:
     journal.ready()
     publisher = Publisher(root, journal)
     try:
-        document = userdata.find(root)
+        with late_patterns():  # this imports yaml
+            document = userdata.find(root)
         if document is None:
             publisher.end_early("unconfigured", f"This host is {userdata.explain(root)}.")
             return 0

@@ -40,14 +40,15 @@ ADAPTERS = ("containers", "discovery", "health", "host", "pki", "transport", "un
 UPPER = {
     "payloads": set(),
     "journal": set(),
+    "late": set(),
     "carrier": set(ADAPTERS) - {"discovery", "userdata"},
     "publisher": {"discovery", "host", "journal"},
     "replay": {"payloads"},
-    "service": {*ADAPTERS, "carrier", "journal", "payloads", "publisher"},
+    "service": {*ADAPTERS, "carrier", "journal", "late", "payloads", "publisher"},
     "admission": {"host", "journal", "pki", "publisher", "service", "units", "userdata"},
     "words": {"host", "units", "userdata"},
     "container_verbs": {"containers", "units"},
-    "cli": {"admission", "container_verbs", "replay", "service", "userdata", "words"},
+    "cli": {"admission", "container_verbs", "late", "replay", "service", "userdata", "words"},
     "__main__": {"cli"},
     "__init__": set(),
 }
