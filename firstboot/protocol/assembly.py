@@ -20,16 +20,15 @@ The transitions, each in the file that owns it::
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from firstboot.protocol import events, messages
 from firstboot.protocol.enrolment import full
 from firstboot.protocol.membership import LEAVE_ANYWAY, Membership
-from firstboot.protocol.model import Channel
-from firstboot.protocol.peers import SILENT_AFTER, Peer
+from firstboot.protocol.model import NEVER, Channel, soonest
+from firstboot.protocol.peers import Peer
 from firstboot.protocol.plan import make_plan
-from firstboot.protocol.situation import NEVER, Start
+from firstboot.protocol.situation import GOSSIP, Start
 
 STEP_RETRY = (2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before a failed step is tried again
 
@@ -55,6 +54,7 @@ class Assembly(Membership):
             if isinstance(event, events.Connected) and event.node_id == self.me.node_id:
                 self._on_connected(event)
             return self._actions
+        self.company.expire(now)
         _HANDLERS[type(event)](self, event)
         if not self.failure:
             self._advance()
@@ -65,13 +65,18 @@ class Assembly(Membership):
         """When to call `receive` with DeadlineReached if nothing else happens (monotonic)."""
         if self.failure:
             return NEVER
-        times = [self._announce_at, self._hello_at, self._step_at]
-        times += [self._persist_again, self._deed_again]
-        times += [c.dial_at for c in self._contacts_to_dial()]
-        times += [p.heard + SILENT_AFTER for p in self.peers.values() if p.present(self.now)]
-        times += self._decision_times()
-        times += self._membership_times()
-        return min((t for t in times if t > self.now), default=NEVER)
+        return soonest(
+            self.now,
+            self._announce_at,
+            self._hello_at,
+            self._step_at,
+            self._persist_again,
+            self._deed_again,
+            self.company.silent_at,
+            self.book.due_at if self.open else NEVER,
+            self._decision_at(),
+            self._membership_at(),
+        )
 
     def _on_connected(self, event: events.Connected) -> None:
         if event.endpoint is not None and event.channel is Channel.BOOTSTRAP:
@@ -88,6 +93,8 @@ class Assembly(Membership):
         peer.channels.add(event.channel)
         peer.seen_at.add(event.remote)
         if event.channel is Channel.BOOTSTRAP:
+            self.book.met(event.node_id)
+            self.company.update(peer, self.now)
             self._send(event.node_id, self._hello())
         elif self.founder and self.may_start:
             self._tell_active(event.node_id)
@@ -100,7 +107,7 @@ class Assembly(Membership):
                 self.failure = "DUPLICATE_IDENTITY"
             self._actions.append(events.Disconnect(event.node_id))
         elif peer is not None:
-            peer.heard = self.now
+            self.company.heard(peer, self.now)
             if self._from_working_master(peer):
                 self.master_heard = self.now
             if isinstance(message, messages.Hello):
@@ -121,16 +128,22 @@ class Assembly(Membership):
         fresh = peer.hello is None
         peer.hello = hello
         peer.mismatch = self._mismatch(hello)
-        if hello.voter and peer.node_id not in self.voters:
-            self.voters.add(peer.node_id)
+        self.company.update(peer, self.now)
+        if hello.voter:
             # Reaches the disk with the next vote: before that it matters to nobody.
-            self.stored = replace(self.stored, voters=tuple(sorted(self.voters)))
+            self.voters.add(peer.node_id)
         if peer.mismatch:
+            self.mismatched[peer.node_id] = peer
             return  # but its vote counts: it may be forming a cluster with others like itself
+        self.mismatched.pop(peer.node_id, None)
         self.book.found(hello.endpoint, "peer", self.now)
         for known in hello.peers:
-            if known.node_id != self.me.node_id and known.node_id not in self.peers:
+            if known.node_id not in self.company and known.node_id not in self.peers:
                 self.book.found(known.endpoint, "peer", self.now)
+                if self.hubs is not None:
+                    self.hubs.hear_of(known)
+        if self.hubs is not None and self.decided is None and self.hubs.news():
+            self._hello_at = min(self._hello_at, self.now + GOSSIP)
         if hello.decided is not None:
             self._learn(hello.decided)
         if fresh and self.round is not None:
@@ -158,7 +171,7 @@ class Assembly(Membership):
 
     def _run_plan(self) -> None:
         value, member = self.decided, self.stored.enrolled
-        if value is None or member is None or not (self.may_start and self.enrolled):
+        if value is None or member is None or not self.enrolled:
             return
         if self.plan is None:
             self.plan = make_plan(self.payload, value, member, self.config.cluster, self.options)
@@ -183,10 +196,10 @@ class Assembly(Membership):
 
     def _wind_up(self) -> None:
         """Close admission when it is over; leave when nobody needs this process any more."""
-        if not self.may_start:
-            return
         if self.founder and self.now >= self._tell_at:
             self._tell_unconfirmed()
+        if self.now >= self._confirm_at:
+            self._note_confirmed()
         if not self.closed and (self.admission_over or not self.founder):
             self.closed = True
             self._store(lambda: self._actions.append(events.Close()), closed=True)
@@ -206,8 +219,9 @@ class Assembly(Membership):
         if self.now >= self._active_since + self.config.join_window:
             return True
         members = self.roster.issued.keys()
-        everyone = members - {self.me.node_id} <= self.confirmed
-        return everyone and full(self.config, len(members))
+        if not full(self.config, len(members)) or len(self.confirmed) < len(members) - 1:
+            return False
+        return members - {self.me.node_id} <= self.confirmed
 
     def _nobody_waits(self) -> bool:
         if self.founder:
@@ -217,24 +231,36 @@ class Assembly(Membership):
         )
 
     def _advance(self) -> None:
-        if self.now >= self._persist_again:
+        """Do whatever is due. Looked through at every event, so what is not due costs nothing."""
+        now = self.now
+        if now >= self._persist_again:
             self._persist_again = NEVER
             self._store()
-        if self.now >= self._deed_again:
+        if now >= self._deed_again:
             self._deed_again = NEVER
             self._request_asked = self.request is not None
             if self._dropped:
                 self._drop_authority(self._dropped)
-        self._sweep()
-        self._announce()
-        self._dial()
-        if self.now >= self._hello_at:
+        if not self._swept:
+            self._sweep()
+        if now >= self._announce_at:
+            self._announce()
+        if self.open:
+            self._dial()
+        if now >= self._hello_at:
             self._greet_everyone()
-        self._decide()
-        self._enrol()
-        self._keep_cluster_channel()
-        self._run_plan()
-        self._wind_up()
+        if self.decided is None or not self.decided.active:
+            self._decide()
+        if not self._request_asked:
+            self._make_request()
+        if self.decided is not None:
+            if not self.enrolled:
+                self._enrol()
+            elif not self.noted:
+                self._keep_cluster_channel()
+        if self.may_start:
+            self._run_plan()
+            self._wind_up()
 
 
 _HANDLERS: dict[type[events.Event], Callable[[Any, Any], None]] = {

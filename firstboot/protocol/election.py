@@ -8,7 +8,7 @@ whole of that argument; `assembly` decides when to call them and persists before
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -105,13 +105,13 @@ def supersedes(new: Value, old: Value | None) -> bool:
 # ---------------------------------------------------------------- who is named
 
 
-def unique_name(wanted: str, node_id: str, taken: Iterable[str]) -> str:
-    """`wanted`, or with the start of the node id behind it if another host has that name.
+def unique_name(wanted: str, node_id: str, taken: Container[str]) -> str:
+    """`wanted`, or with the start of the node id behind it if that name is `taken`.
 
     Images boot with one host name on every machine more often than not.
     """
-    known, name, length = set(taken), wanted, 8
-    while name in known:
+    name, length = wanted, 8
+    while name in taken:
         suffix = node_id[:length] if length <= len(node_id) else f"{node_id}-{length}"
         name = f"{wanted[: 62 - len(suffix)].rstrip('-')}-{suffix}"
         length += 1
@@ -122,6 +122,7 @@ def name_members(hosts: Iterable[Member]) -> tuple[Member, ...]:
     """The same members in order, with names made unique."""
     named: list[Member] = []
     for host in hosts:
-        name = unique_name(host.name, host.node_id, (m.name for m in named))
+        names = {m.name for m in named}
+        name = unique_name(host.name, host.node_id, names)
         named.append(replace(host, name=name))
     return tuple(named)

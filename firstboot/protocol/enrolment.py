@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import ChainMap
+from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 
 from firstboot.protocol.election import unique_name
@@ -12,15 +13,37 @@ from firstboot.protocol.model import ClusterConfig, Issued, Member, Value
 
 @dataclass(slots=True)
 class Roster:
-    """The master's members of one epoch: every answer it journalled, by node id."""
+    """The master's members of one epoch: every answer it journalled, by node id.
+
+    Names and addresses are looked up, not searched: the last of ten thousand hosts asks too.
+    """
 
     issued: dict[str, Issued] = field(default_factory=dict)
     pending: dict[str, Issued] = field(default_factory=dict)  # being signed just now
+    _names: dict[str, str] = field(init=False, repr=False)  # name -> node id
+    _holders: dict[str, set[str]] = field(init=False, repr=False)  # address -> node ids
+
+    def __post_init__(self) -> None:
+        self._names, self._holders = {}, {}
+        for entry in (*self.issued.values(), *self.pending.values()):
+            self._index(entry.member)
 
     def add(self, entry: Issued) -> None:
         """Record a journalled answer."""
-        self.pending.pop(entry.member.node_id, None)
+        self.drop(entry.member.node_id)
         self.issued[entry.member.node_id] = entry
+        self._index(entry.member)
+
+    def drop(self, node_id: str) -> None:
+        """Its request came to nothing."""
+        entry = self.pending.pop(node_id, None)
+        if entry is not None and node_id not in self.issued:
+            self._names.pop(entry.member.name, None)
+            self._holders[entry.member.host].discard(node_id)
+
+    def _index(self, member: Member) -> None:
+        self._names[member.name] = member.node_id
+        self._holders.setdefault(member.host, set()).add(member.node_id)
 
     def decide(
         self,
@@ -29,7 +52,7 @@ class Roster:
         node_id: str,
         request: Enrol,
         seen_at: Collection[str],
-        present: Collection[str] | None = None,
+        present: Container[str] | None = None,
     ) -> Member | str:
         """The member to sign for, or why not, in one sentence.
 
@@ -48,33 +71,35 @@ class Roster:
             return known.member
         if request.host not in seen_at:
             return f"address {request.host} is not where this host was met"
-        everyone = [*self.issued.values(), *self.pending.values()]
         if self._held(request.host, node_id, value, present):
             return f"address {request.host} belongs to another member"
-        here = {e.member.node_id for e in everyone}
-        reserved = sum(m.node_id not in here for m in value.masters)
+        taken = len(self.issued) + len(self.pending)
+        absent = [m.node_id for m in value.masters if m.node_id not in self.issued]
+        reserved = sum(master not in self.pending for master in absent)
         named = any(m.node_id == node_id for m in value.masters)
-        if full(config, len(everyone) + reserved) and not named:
+        if full(config, taken + reserved) and not named:
             return "all expected hosts are enrolled; to admit more, set join.extra"
         member = self._named(value, node_id, request)
         self.pending[node_id] = Issued(member, value.epoch, request.key)
+        self._index(member)
         return member
 
     def _held(
-        self, address: str, node_id: str, value: Value, present: Collection[str] | None
+        self, address: str, node_id: str, value: Value, present: Container[str] | None
     ) -> bool:
         """Whether another host holds that address: a named master always does."""
-        members = [e.member for e in (*self.issued.values(), *self.pending.values())]
-        holders = [m for m in members if present is None or m.node_id in present]
-        return any(m.host == address and m.node_id != node_id for m in (*value.masters, *holders))
+        if any(m.host == address and m.node_id != node_id for m in value.masters):
+            return True
+        others = self._holders.get(address, set()) - {node_id}
+        return any(present is None or other in present for other in others)
 
     def _named(self, value: Value, node_id: str, request: Enrol) -> Member:
         for master in value.masters:
             if master.node_id == node_id:
                 return master  # its name and address are part of the decided value
-        taken = {m.name for m in value.masters}
-        taken |= {e.member.name for e in (*self.issued.values(), *self.pending.values())}
-        return Member(node_id, unique_name(request.name, node_id, taken), request.host)
+        masters = {m.name: m.node_id for m in value.masters}
+        name = unique_name(request.name, node_id, ChainMap(self._names, masters))
+        return Member(node_id, name, request.host)
 
 
 def full(config: ClusterConfig, members: int) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from firstboot.protocol import events, messages
 from firstboot.protocol.model import (
+    NEVER,
     Channel,
     Endpoint,
     Issued,
     Member,
+    soonest,
 )
 from firstboot.protocol.peers import Peer
 from firstboot.protocol.situation import Start
@@ -16,6 +18,7 @@ from firstboot.protocol.voter import Voter
 DIAL_TIME = 5.0  # seconds after which a dial has failed
 CLUSTER_RETRY = 0.05  # seconds before a refused dial is tried again; doubles each time
 RESEND = 2.0  # seconds before a request without an answer is sent again
+NOTE_WITHIN = 0.5  # seconds before the last of many Confirmed is noted
 LEAVE_ANYWAY = 60.0  # a node stops waiting for a master that cannot note its Confirmed
 
 
@@ -29,31 +32,37 @@ class Membership(Voter):
         self.running_since: float | None = None
         self.noted = False  # the master knows that this host has ACTIVE on disk
         self.confirmed = set(start.stored.confirmed)
+        self._confirming: list[str] = []  # who told so, to be written next
+        self._noting: set[str] = set()  # those being written
+        self._confirm_at = NEVER
         self._request_asked = False
         self._cluster_retry = CLUSTER_RETRY
         self._storing: Member | None = None  # whose certificates are being stored
         self._enrol_at = self._cluster_dial_at = self._tell_at = start.now
         self._active_since: float | None = start.now if start.stored.activated else None
 
-    def _membership_times(self) -> list[float]:
-        times = [self._tell_at]
-        if self.decided is not None and not self.enrolled:
-            times.append(self._enrol_at)
-        if self.enrolled and not self.founder and not self.noted:
-            times.append(self._cluster_dial_at)
-            if self.running_since is not None:
-                times.append(self.running_since + LEAVE_ANYWAY)
+    def _membership_at(self) -> float:
+        """When this host is next to do something as a member, if nothing happens before."""
+        enrol = dial = leave = end = NEVER
+        if self.decided is not None:
+            if not self.enrolled:
+                enrol = self._enrol_at
+            elif not self.noted and not self.founder:
+                dial = self._cluster_dial_at
+                if self.running_since is not None:
+                    leave = self.running_since + LEAVE_ANYWAY
         if self._active_since is not None:
-            times.append(self._active_since + self.config.join_window)
-        return times
+            end = self._active_since + self.config.join_window
+        return soonest(self.now, self._tell_at, self._confirm_at, enrol, dial, leave, end)
+
+    def _make_request(self) -> None:
+        self._request_asked = True
+        self._actions.append(events.MakeRequest())
 
     def _enrol(self) -> None:
         """Get this host's certificates for the decided cluster."""
-        if not self._request_asked:
-            self._request_asked = True
-            self._actions.append(events.MakeRequest())
         value, request = self.decided, self.request
-        if value is None or request is None or self.enrolled or self._storing:
+        if value is None or request is None or self._storing:
             return
         if self.now < self._enrol_at:
             return
@@ -64,6 +73,7 @@ class Membership(Voter):
         if self.founder:
             self._on_enrol(self.me.node_id, ask)
         else:
+            self._seek(value.founder)
             self._send(value.founder.node_id, ask)
 
     def _on_request(self, event: events.RequestMade) -> None:
@@ -76,11 +86,10 @@ class Membership(Voter):
             return
         peer = self.peers.get(sender)
         seen_at = peer.seen_at if peer is not None else {self.me.endpoint.host}
-        present = {p.node_id for p in self.present_peers()} | {self.me.node_id}
         answer = (
             "admission is closed"
             if self.stored.closed
-            else self.roster.decide(self.config, value, sender, message, seen_at, present)
+            else self.roster.decide(self.config, value, sender, message, seen_at, self.company)
         )
         if isinstance(answer, Member):
             rows = self.payload.for_role(value.role_of(sender))
@@ -106,7 +115,7 @@ class Membership(Voter):
             self._send(event.member.node_id, granted)
 
     def _on_sign_failed(self, event: events.SignFailed) -> None:
-        self.roster.pending.pop(event.node_id, None)
+        self.roster.drop(event.node_id)
         if event.node_id == self.me.node_id:
             self.denied = event.reason
         else:
@@ -149,7 +158,7 @@ class Membership(Voter):
     def _keep_cluster_channel(self) -> None:
         """A member keeps a connection to its master until the master noted it has ACTIVE."""
         value = self.decided
-        if value is None or self.founder or not self.enrolled or self.noted:
+        if value is None or self.founder:
             return
         peer = self.peers.get(value.founder.node_id)
         if peer is not None and Channel.CLUSTER in peer.channels:
@@ -183,14 +192,33 @@ class Membership(Voter):
                     self.noted = True
 
     def _confirm(self, node_id: str, epoch: int) -> None:
-        def noted() -> None:
-            self.confirmed.add(node_id)  # not before: a member that is noted may leave for good
-            self._send(node_id, messages.Noted(epoch), Channel.CLUSTER)
-
+        if node_id in self._noting or node_id in self._confirming:
+            return  # it is told as soon as that is on disk
         if node_id in self.confirmed:
-            noted()
+            self._send(node_id, messages.Noted(epoch), Channel.CLUSTER)
         else:
-            self._store(noted, confirmed=tuple(sorted({*self.stored.confirmed, node_id})))
+            self._confirming.append(node_id)
+            self._confirm_at = min(self._confirm_at, self.now + NOTE_WITHIN)
+            self._note_confirmed()
+
+    def _note_confirmed(self) -> None:
+        """Write down who has ACTIVE: in batches that grow, as each write holds all of them."""
+        batch, written = self._confirming, self.stored.confirmed
+        total = len(written) + len(batch)
+        last = total >= len(self.roster.issued) - 1
+        if not last and len(batch) * 8 < total and self.now < self._confirm_at:
+            return
+        self._confirming, self._confirm_at = [], NEVER
+        self._noting.update(batch)
+        epoch = self.decided.epoch if self.decided else 0
+
+        def noted() -> None:
+            self._noting.difference_update(batch)
+            self.confirmed.update(batch)  # not before: a member that is noted may leave for good
+            for node_id in batch:
+                self._send(node_id, messages.Noted(epoch), Channel.CLUSTER)
+
+        self._store(noted, confirmed=tuple(sorted({*written, *batch})))
 
     def _forget_enrolment(self) -> None:
         self._enrol_at, self.denied, self._storing = self.now, "", None

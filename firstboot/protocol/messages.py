@@ -20,6 +20,7 @@ from firstboot.protocol.errors import RemoteError
 from firstboot.protocol.model import (
     FINGERPRINT,
     LABEL,
+    NODE_ID,
     Ballot,
     Endpoint,
     Profile,
@@ -40,15 +41,26 @@ Reader = Callable[[Any], Any]  # of JSON's types; ValueError or TypeError if the
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A peer's whereabouts, handed on so that partial discovery heals."""
+    """A peer's whereabouts, handed on so that partial discovery heals.
+
+    `rank` and `able` tell where it stands among those that may propose.
+    """
 
     node_id: str
     endpoint: Endpoint
+    rank: int = 1000
+    able: bool = True
+
+    def __post_init__(self) -> None:
+        require(bool(NODE_ID.match(self.node_id)), "a host is known by its node id")
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Who I am and where I stand; sent on connecting, on every change, and as heartbeat."""
+    """Who I am and where I stand; sent on connecting, on every change, and as heartbeat.
+
+    `present` is how many voters the sender counts, itself included.
+    """
 
     version: int
     boot: str
@@ -62,8 +74,10 @@ class Hello:
     stage: Stage
     decided: Value | None
     peers: tuple[Known, ...]
+    present: int = 0
 
     def __post_init__(self) -> None:
+        require(0 <= self.present <= 2**31, "a count of hosts out of range")
         require(len(self.peers) <= MAX_PEERS, "too many peers in a Hello")
         # Texts of peers reach terminals and journals: no escape sequences, no lone surrogates.
         require((self.boot + self.agreed).isprintable(), "unprintable text")

@@ -17,6 +17,7 @@ FINGERPRINT = re.compile(r"[0-9a-f]{64}\Z")
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")  # RFC 1123, section 2.1
 MASTER_COUNTS = (1, 3, 5)
 MAX_HOSTS = 10_000
+NEVER = float("inf")  # a deadline that does not come
 
 
 ZONE = re.compile(r"[0-9A-Za-z._-]{1,15}\Z")  # an interface's name, as in fe80::1%eth0
@@ -26,6 +27,15 @@ def require(condition: bool, message: str) -> None:
     """Raise ``ValueError(message)`` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def soonest(now: float, *times: float) -> float:
+    """The first of these moments that is still to come."""
+    found = NEVER
+    for at in times:
+        if now < at < found:
+            found = at
+    return found
 
 
 def check_address(text: str) -> None:

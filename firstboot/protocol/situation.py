@@ -10,24 +10,28 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from firstboot.protocol import election, events, messages
+from firstboot.protocol.hubs import Hubs
 from firstboot.protocol.model import (
+    NEVER,
     Channel,
     ClusterConfig,
+    Endpoint,
     Issued,
+    Member,
     Role,
     Self,
     Stage,
     Stored,
     Value,
 )
-from firstboot.protocol.peers import AddressBook, Contact, Peer
+from firstboot.protocol.peers import AddressBook, Company, Peer, standing
 from firstboot.protocol.plan import Payload, Step
 
 ANNOUNCE_EVERY = (1.0, 1.0, 2.0, 3.0, 5.0)  # seconds; zeroconf alone gives up after about 14 s
 HEARTBEAT = 5.0
 DISK_RETRY = 1.0
+GOSSIP = 0.05  # before peers hear that this host knows of better ones, in a large formation
 MAX_STRANGERS = 16
-NEVER = float("inf")
 
 
 class Random(Protocol):
@@ -57,15 +61,28 @@ class Start:
 
 
 class Situation:
-    """The state of one host. All attributes are for reading."""
+    """The state of one host. All attributes are for reading.
+
+    Up to `MESH` expected hosts everybody connects to everybody. In a larger formation a host keeps
+    to the `HUBS` that stand best: those see everybody, so one of them will propose.
+    """
+
+    MESH = 16
+    HUBS = 5
 
     def __init__(self, start: Start) -> None:
         config, me, stored, now = start.config, start.me, start.stored, start.now
         self.config, self.me, self.stored, self.now = config, me, stored, now
         self.payload, self.options, self.rng = start.payload, start.options, start.rng
         self.journal = {(i.epoch, i.member.node_id): i for i in start.issued}
-        self.book = AddressBook(limit=4 * config.expect + 64)
+        self.standing = standing(me.node_id, me.rank, able=me.eligible and me.voter)
         self.peers: dict[str, Peer] = {}
+        self.company = Company(me.node_id)
+        large = config.expect > self.MESH
+        self.book = AddressBook(4 * config.expect + 64, parks=large)
+        self.book.met(me.node_id)  # so that an address of this host's own is not dialled twice
+        self.hubs = Hubs(self.HUBS, self.standing, self.company, self.book) if large else None
+        self.mismatched: dict[str, Peer] = {}
         self.strangers: dict[str, str] = {}  # source -> kind, at most MAX_STRANGERS
         self.stranger_count = 0
         self.failure = ""  # a code of `status`; this host stands still
@@ -74,6 +91,7 @@ class Situation:
         self.active_seen = bool(stored.decided and stored.decided.active)
         self.may_start = stored.activated  # ACTIVE is known here, and on this host's disk
         self.voters = set(stored.voters) | ({me.node_id} if me.voter else set())
+        self.decided = stored.decided  # the newest value known to be chosen
         self.majority_since: float | None = None
         self.plan: tuple[Step, ...] | None = None
         self.steps_done = 0
@@ -85,16 +103,15 @@ class Situation:
         self._announced = 0
         self._announce_at = now
         self._hello_at = now + HEARTBEAT
-
-    @property
-    def decided(self) -> Value | None:
-        """The newest value known to be chosen."""
-        return self.stored.decided
+        self._greetings = 0
+        self._hello_about: tuple[object, ...] = ()
+        self._hello_made: messages.Hello | None = None
 
     @property
     def founder(self) -> bool:
         """Whether this host is the founding master of the decided value."""
-        return self.decided is not None and self.decided.founder.node_id == self.me.node_id
+        value = self.decided
+        return value is not None and value.masters[0].node_id == self.me.node_id
 
     @property
     def role(self) -> Role | None:
@@ -122,7 +139,7 @@ class Situation:
             return Stage.RUNNING if self.running else Stage.STARTING
         if self.decided is not None:
             return Stage.SIGNING if self.founder else Stage.ENROLLING
-        enough = self.active_seen or self.present_voters() >= self.quorum
+        enough = self.active_seen or self.counted_voters() >= self.quorum
         return Stage.DECIDING if enough else Stage.DISCOVERING
 
     @property
@@ -150,14 +167,14 @@ class Situation:
             return self.founder and not self.closed
         return True
 
-    def present_peers(self) -> list[Peer]:
-        """The peers that count at this moment."""
-        return [p for p in self.peers.values() if p.present(self.now)]
-
     def present_voters(self) -> int:
         """How many voters are present, this host included."""
-        peers = sum(1 for p in self.present_peers() if p.hello is not None and p.hello.voter)
-        return peers + self.me.voter
+        return self.company.voters + self.me.voter
+
+    def counted_voters(self) -> int:
+        """The same, or what a hub tells of them: in a large formation it sees more of them."""
+        here = self.present_voters()
+        return here if self.hubs is None else max(here, self.hubs.present())
 
     def _on_peer_found(self, event: events.PeerFound) -> None:
         if event.endpoint != self.me.endpoint:
@@ -176,6 +193,8 @@ class Situation:
             self._cluster_refused()
             return
         self.book.failed(event.endpoint, event.reason, self.now)
+        if self.hubs is not None:
+            self.hubs.failed(event.endpoint)
         if event.reason == "token":
             self._on_stranger(events.StrangerSeen("token", event.endpoint.host))
 
@@ -188,6 +207,9 @@ class Situation:
             peer.channels.discard(event.channel)
             if not peer.channels:
                 peer.since = self.now
+            if event.channel is Channel.BOOTSTRAP:
+                self.book.parted(peer.node_id)
+                self.company.update(peer, self.now)
 
     def _mismatch(self, hello: messages.Hello) -> str:
         if hello.version != messages.VERSION:
@@ -200,7 +222,10 @@ class Situation:
 
     def _store(self, then: Callable[[], None] | None = None, **changes: Any) -> None:
         """Change what must not be forgotten; run `then` only once it is on disk."""
+        if len(self.stored.voters) != len(self.voters):
+            changes["voters"] = tuple(sorted(self.voters))
         self.stored = replace(self.stored, **changes)
+        self.decided = self.stored.decided
         self._sequence += 1
         if then is not None:
             self._waiting.append((self._sequence, then))
@@ -223,23 +248,37 @@ class Situation:
     def _announce(self) -> None:
         if not self.open:
             self._announce_at = NEVER
-        elif self.now >= self._announce_at:
+        else:
             pause = ANNOUNCE_EVERY[min(self._announced, len(ANNOUNCE_EVERY) - 1)]
+            if self.hubs is not None and self._announced and self._lacks_hosts():
+                self.hubs.explore()
             self._announced += 1
             self._announce_at = self.now + pause
             self._actions.append(events.Announce())
 
-    def _contacts_to_dial(self) -> list[Contact]:
-        if not self.open:
-            return []
-        connected = {p.node_id for p in self.peers.values() if Channel.BOOTSTRAP in p.channels}
-        return self.book.waiting(connected | {self.me.node_id})
+    def _lacks_hosts(self) -> bool:
+        return self.counted_voters() < self.config.expect
 
     def _dial(self) -> None:
-        for contact in self._contacts_to_dial():
-            if self.now >= contact.dial_at:
-                contact.dialling = True
-                self._actions.append(events.Connect(contact.endpoint, Channel.BOOTSTRAP))
+        hubs = self.hubs
+        if hubs is not None:
+            hubs.seek()
+        if self.book.due_at <= self.now:
+            self._dial_due()
+        while hubs is not None and hubs.lonely:
+            hubs.want_another()
+            self._dial_due()
+
+    def _dial_due(self) -> None:
+        for contact in self.book.due(self.now):
+            self._actions.append(events.Connect(contact.endpoint, Channel.BOOTSTRAP))
+
+    def _seek(self, member: Member) -> None:
+        """In a large formation this host may not be connected to that member yet."""
+        if self.hubs is not None and member.node_id not in self.company:
+            endpoint = Endpoint(member.host, self.me.endpoint.port)
+            self.book.found(endpoint, "peer", self.now)
+            self.book.want(endpoint)
 
     def _send(
         self, node_id: str, message: messages.Message, channel: Channel = Channel.BOOTSTRAP
@@ -248,14 +287,20 @@ class Situation:
 
     def _greet_everyone(self) -> None:
         self._hello_at = self.now + HEARTBEAT
+        self._greetings += 1
         hello = self._hello()
         for peer in self.peers.values():
             if Channel.BOOTSTRAP in peer.channels:
                 self._send(peer.node_id, hello)
 
     def _hello(self) -> messages.Hello:
-        present = [(p.node_id, p.hello) for p in self.present_peers()]
-        known = [messages.Known(i, h.endpoint) for i, h in present if h is not None]
+        turn = 0 if self.hubs is None else self._greetings
+        about = (self.stage, self.decided, self.company.version, turn)
+        if self._hello_made is None or about != self._hello_about:
+            self._hello_about, self._hello_made = about, self._new_hello(turn)
+        return self._hello_made
+
+    def _new_hello(self, turn: int) -> messages.Hello:
         return messages.Hello(
             version=messages.VERSION,
             boot=self.me.boot,
@@ -268,5 +313,6 @@ class Situation:
             voter=self.me.voter,
             stage=self.stage,
             decided=self.decided,
-            peers=tuple(known[: messages.MAX_PEERS]),
+            peers=self.company.known(turn, everybody=self.hubs is None),
+            present=self.present_voters(),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from firstboot.protocol import plan
@@ -53,10 +54,10 @@ def describe(core: Assembly, wall_offset: float) -> dict[str, Any]:
         "masters": [m.name for m in value.masters] if value else [],
         "expect": core.config.expect,
         "quorum": core.quorum,
-        "present": core.present_voters(),
+        "present": core.counted_voters(),
         "grace_ends": _grace_ends(core, wall_offset),
         "members": len(core.roster.issued) if core.founder else (value.members if value else 0),
-        "peers": [_peer(core, p, wall_offset) for p in list(core.peers.values())[:MAX_LISTED]],
+        "peers": [_peer(core, p, wall_offset) for p in islice(core.peers.values(), MAX_LISTED)],
         "peers_total": len(core.peers),
         "addresses_dropped": core.book.dropped,
         "strangers": {"count": core.stranger_count, "sources": dict(core.strangers)},
@@ -175,18 +176,19 @@ _CLONE = "If its disk was copied from another host, remove /var/lib/firstboot an
 
 
 def _present(core: Assembly) -> str:
-    return f"{core.present_voters()} of {core.config.expect} hosts are present"
+    return f"{core.counted_voters()} of {core.config.expect} hosts are present"
 
 
 def _discovering(core: Assembly) -> tuple[str, str]:
     if core.me.late:
         text = "This host holds a one-time token; looking for the master that lets it in."
         return text, f"`firstboot admit` must be running on it; {_ports(core)}"
-    missing = core.quorum - core.present_voters()
+    missing = core.quorum - core.counted_voters()
     text = f"{_present(core)}; waiting for {missing} more"
     if core.quorum > core.config.expect:
         text += f", since {len(core.voters)} identities were seen and {core.quorum} must agree"
-    known = [p for p in core.peers.values() if p.hello is not None and not p.mismatch]
+    listed = islice(core.peers.values(), MAX_LISTED)
+    known = [p for p in listed if p.hello is not None and not p.mismatch]
     away = [label(p) for p in known if not p.present(core.now)]
     if away:
         text += f" (seen before, now away: {', '.join(away[:3])})"
@@ -207,7 +209,7 @@ def _ports(core: Assembly) -> str:
 
 
 def _deciding(core: Assembly) -> tuple[str, str]:
-    hellos = [p.hello for p in core.present_peers() if p.hello is not None]
+    hellos = [p.hello for p in core.company if p.hello is not None]
     able = sum(h.eligible for h in hellos) + core.me.eligible
     missing = core.config.masters - able
     if missing > 0:
@@ -230,7 +232,8 @@ def _enrolling(core: Assembly) -> tuple[str, str]:
 def _signing(core: Assembly) -> tuple[str, str]:
     issued = core.roster.issued
     text = f"This host is the master; {len(issued)} of {core.config.expect} hosts are enrolled"
-    waiting = [label(p) for p in core.peers.values() if p.node_id not in issued]
+    listed = islice(core.peers.values(), MAX_LISTED)
+    waiting = [label(p) for p in listed if p.node_id not in issued]
     if waiting:
         text += f"; waiting for {', '.join(waiting[:3])}"
     if core.present_voters() < core.quorum:
@@ -318,8 +321,8 @@ def _about_peers(core: Assembly) -> list[Problem]:
         found.append(_join_problem(core, admits))
     elif tokens:
         found.append(_token_problem(core, tokens))
-    for peer in core.peers.values():
-        if peer.mismatch and Channel.BOOTSTRAP in peer.channels:
+    for peer in core.mismatched.values():
+        if Channel.BOOTSTRAP in peer.channels:
             text = f"{label(peer)} {peer.mismatch}; the two cannot form one cluster."
             found.append(Problem("CONFIG_MISMATCH", text, "Give all hosts the same document."))
     value = core.decided

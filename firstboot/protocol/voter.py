@@ -8,7 +8,7 @@ from typing import Any
 from firstboot.protocol import election, events, messages
 from firstboot.protocol.election import Purpose, Round
 from firstboot.protocol.enrolment import Roster
-from firstboot.protocol.model import Member, Value
+from firstboot.protocol.model import NEVER, Member, Value, soonest
 from firstboot.protocol.situation import HEARTBEAT, Situation, Start
 
 RANK_STEP = 0.3  # head start of each better-ranked host before the next proposes, seconds
@@ -77,18 +77,21 @@ class Voter(Situation):
             return False
         return self.founder or self.now - self.master_heard < MASTER_SILENT
 
-    def _decision_times(self) -> list[float]:
-        times = []
-        if self.majority_since is not None and self.in_grace:
-            times.append(self.majority_since + self.config.grace)
+    def _decision_at(self) -> float:
+        """When something is next to be decided, if nothing happens before."""
+        value = self.decided
+        if value is not None and value.active:
+            return NEVER
+        since, grace = self.majority_since, NEVER
+        if since is not None:
+            grace = since + self.config.grace
         if self.round is not None:
-            times.append(self.round.expires)
-        elif self.decided is None and self.can_since is not None:
-            times.append(self._propose_at())
-        elif self.decided is not None and not self.decided.active:
-            times += [self.master_heard + MASTER_SILENT, self._replace_at()]
-            times.append(self._yield_until + self._backoff)
-        return times
+            return soonest(self.now, grace, self.round.expires)
+        if value is None:
+            propose = NEVER if self.can_since is None else self._propose_at()
+            return soonest(self.now, grace, propose)
+        silent, again = self.master_heard + MASTER_SILENT, self._yield_until + self._backoff
+        return soonest(self.now, grace, silent, self._replace_at(), again)
 
     def _decide(self) -> None:
         """Propose, replace or activate if it is this host's turn."""
@@ -106,11 +109,10 @@ class Voter(Situation):
             return
         if self.decided is None:
             self._found_or_finish()
-        elif not self.decided.active:
-            if self.founder:
-                self._activate_when_enrolled(self.decided)
-            elif self.now >= self._replace_at() and self.me.eligible:
-                self._start_round(Purpose.REPLACE, self.decided)
+        elif self.founder:
+            self._activate_when_enrolled(self.decided)
+        elif self.now >= self._replace_at() and self.me.eligible:
+            self._start_round(Purpose.REPLACE, self.decided)
 
     def _found_or_finish(self) -> None:
         """Propose this host as master, or finish what it saw another begin."""
@@ -123,9 +125,7 @@ class Voter(Situation):
 
     def _rank(self) -> int:
         """How many present hosts come before this one as proposers."""
-        mine = (not self.me.eligible, self.me.rank, self.me.node_id)
-        hellos = [(p.hello, p.node_id) for p in self.present_peers()]
-        return sum((not h.eligible, h.rank, i) < mine for h, i in hellos if h is not None)
+        return self.company.before(self.standing)
 
     def _propose_at(self) -> float:
         can_since = self.now if self.can_since is None else self.can_since
@@ -148,7 +148,7 @@ class Voter(Situation):
 
         def promised_myself() -> None:
             if self.round is this:
-                for peer in self.present_peers():
+                for peer in self.company:
                     self._send_round(peer.node_id, this)
                 self._on_promise(self.me.node_id, own)
 
@@ -180,7 +180,7 @@ class Voter(Situation):
         this.value = value
         own = messages.Accepted(this.ballot)
         self._store(lambda: self._on_accepted(self.me.node_id, own), register=accepted)
-        for peer in self.present_peers():
+        for peer in self.company:
             self._send(peer.node_id, messages.Accept(this.ballot, value))
 
     def _change(self, this: Round) -> Value | None:
@@ -198,11 +198,12 @@ class Voter(Situation):
 
     def _masters(self) -> tuple[Member, ...]:
         """This host first, then the best-ranked present hosts; empty if there are too few."""
-        peers = [p for p in self.present_peers() if p.hello and p.hello.eligible]
-        peers.sort(key=lambda p: (p.hello.rank if p.hello else 0, p.node_id))
         chosen = [Member(self.me.node_id, self.me.name, self.me.endpoint.host)]
-        for peer in peers[: self.config.masters - 1]:
-            if peer.hello is not None:
+        for _, _, node_id in self.company.standings:
+            if len(chosen) == self.config.masters:
+                break
+            peer = self.peers[node_id]
+            if peer.hello is not None and peer.hello.eligible:
                 chosen.append(Member(peer.node_id, peer.hello.name, peer.hello.endpoint.host))
         return election.name_members(chosen) if len(chosen) == self.config.masters else ()
 
@@ -296,8 +297,6 @@ class Voter(Situation):
 
     def _sweep(self) -> None:
         """Once after a start: a CA that a crash left unrecorded is destroyed as well."""
-        if self._swept:
-            return
         self._swept = True
         stale = self._stale_until(self.decided) if self.decided is not None else 0
         if stale:

@@ -120,7 +120,7 @@ def test_a_masters_address_belongs_to_it_before_it_has_enrolled() -> None:
 def test_a_request_that_came_to_nothing_frees_its_place() -> None:
     roster = Roster()
     assert isinstance(decide(roster, node(1), ask()), Member)
-    roster.pending.pop(node(1))  # what the master does when signing failed
+    roster.drop(node(1))  # what the master does when signing failed
     assert isinstance(decide(roster, node(2), ask(key=OTHER_KEY)), Member)
 
 

@@ -356,7 +356,7 @@ def test_a_value_out_of_bounds_is_refused(kind: str, path: tuple[Any, ...], valu
 
 
 def test_more_peers_than_allowed_are_refused() -> None:
-    peer = {"node_id": ID, "endpoint": {"host": "10.0.0.5", "port": 1}}
+    peer = {"node_id": ID, "endpoint": {"host": "10.0.0.5", "port": 1}, "rank": 0, "able": True}
     decode(changed("hello", ("peers",), [peer] * messages.MAX_PEERS))
     with pytest.raises(RemoteError):
         decode(changed("hello", ("peers",), [peer] * (messages.MAX_PEERS + 1)))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from firstboot.protocol.messages import VERSION, Hello
-from firstboot.protocol.model import Channel, Endpoint, Stage
+from firstboot.protocol.model import NEVER, Channel, Endpoint, Stage
 from firstboot.protocol.peers import (
     FIRST_RETRY,
     LAST_RETRY,
@@ -47,7 +47,8 @@ def only(made: AddressBook) -> Contact:
 def test_a_new_address_is_due_at_once() -> None:
     made = AddressBook(LIMIT)
     made.found(at(1), "mdns", 7.0)
-    assert only(made).dial_at == 7.0 and made.waiting(set()) == [only(made)]
+    assert made.due_at == 7.0 and list(made.due(6.9)) == []
+    assert list(made.due(7.0)) == [only(made)] and only(made).dialling
 
 
 def test_each_failure_doubles_the_pause_up_to_a_limit() -> None:
@@ -91,11 +92,22 @@ def test_what_a_peer_hands_on_does_not_hurry() -> None:
 def test_nobody_is_dialled_twice_at_once_nor_while_connected() -> None:
     made = book(1, 2)
     first, second = made.contacts.values()
-    first.dialling = True
-    assert made.waiting(set()) == [second]
+    assert list(made.due(0.0)) == [first, second] and made.dialling == 2
+    assert list(made.due(99.0)) == [] and made.due_at == NEVER
     made.connected(at(1), "a" * 32)
-    assert made.waiting({"a" * 32}) == [second]
-    assert made.waiting(set()) == [first, second]  # it hung up: dial again
+    made.met("a" * 32)
+    made.failed(at(2), "refused", 1.0)
+    assert list(made.due(99.0)) == [second] and made.dialling == 1
+    made.parted("a" * 32)
+    assert list(made.due(99.0)) == [first]  # it hung up: dial again
+
+
+def test_who_dialled_us_is_not_dialled_however_often_it_is_heard() -> None:
+    made = book(1)
+    made.connected(at(1), "a" * 32)
+    made.met("a" * 32)
+    made.found(at(1), "mdns", 5.0)
+    assert list(made.due(99.0)) == [] and made.reached == 1
 
 
 def test_news_of_an_address_that_was_forgotten_is_no_error() -> None:
@@ -121,7 +133,7 @@ def test_a_full_book_forgets_the_oldest_where_nobody_ever_answered() -> None:
     made.connected(at(1), "a" * 32)
     made.failed(at(1), "timeout", 1.0)  # it answered once: ours
     made.failed(at(2), "token", 1.0)
-    made.contacts[at(2)].dialling = True  # under way: may yet succeed
+    assert [c.endpoint for c in made.due(1.5)][-1] == at(2)  # under way: may yet succeed
     made.failed(at(3), "refused", 1.0)
     made.failed(at(4), "refused", 1.0)
     made.found(at(5), "mdns", 2.0)
@@ -162,11 +174,10 @@ class Book(RuleBasedStateMachine):
     @rule(passed=st.floats(0.01, 20))
     def dial(self, passed: float) -> None:
         self.now += passed
-        for contact in self.book.waiting(set()):
-            if contact.dial_at <= self.now:
-                assert contact.endpoint not in self.dialling
-                contact.dialling = True
-                self.dialling.add(contact.endpoint)
+        for contact in self.book.due(self.now):
+            assert contact.endpoint not in self.dialling and contact.dial_at <= self.now
+            self.dialling.add(contact.endpoint)
+        assert self.book.dialling == len(self.dialling)
 
     @rule(number=numbers, good=st.booleans())
     def answer(self, number: int, good: bool) -> None:

@@ -105,8 +105,8 @@ def _must_say_what_is_missing(host: Host, voters: int) -> list[str]:
     if core.decided is not None or core.overlaunched or not core.me.voter:
         return []
     host.world.witness.checks["L2: says what is missing"] += 1
-    if core.present_voters() != voters:
-        return [f"{host.index} counts {core.present_voters()} voters of {voters}"]
+    if core.counted_voters() != voters:
+        return [f"{host.index} counts {core.counted_voters()} voters of {voters}"]
     if core.quorum > voters and f"waiting for {core.quorum - voters} more" not in text:
         return [f"{host.index} does not say what is missing: {text}"]
     known = [p for p in core.peers.values() if p.hello is not None and not p.mismatch]
