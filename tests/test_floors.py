@@ -26,6 +26,7 @@ PROTOCOL = (
     "election",
     "enrolment",
     "peers",
+    "hubs",
     "situation",
     "voter",
     "membership",

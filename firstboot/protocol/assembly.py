@@ -28,7 +28,7 @@ from firstboot.protocol.membership import LEAVE_ANYWAY, Membership
 from firstboot.protocol.model import NEVER, Channel, soonest
 from firstboot.protocol.peers import Peer
 from firstboot.protocol.plan import make_plan
-from firstboot.protocol.situation import GOSSIP, Start
+from firstboot.protocol.situation import Start
 
 STEP_RETRY = (2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before a failed step is tried again
 
@@ -94,8 +94,10 @@ class Assembly(Membership):
         peer.seen_at.add(event.remote)
         if event.channel is Channel.BOOTSTRAP:
             self.book.met(event.node_id)
-            self.company.update(peer, self.now)
+            self.company.heard(peer, self.now)
             self._send(event.node_id, self._hello())
+            if self.decided is not None and self.decided.founder.node_id == event.node_id:
+                self._ask_now()  # what was asked on an earlier connection may be lost
         elif self.founder and self.may_start:
             self._tell_active(event.node_id)
 
@@ -142,8 +144,8 @@ class Assembly(Membership):
                 self.book.found(known.endpoint, "peer", self.now)
                 if self.hubs is not None:
                     self.hubs.hear_of(known)
-        if self.hubs is not None and self.decided is None and self.hubs.news():
-            self._hello_at = min(self._hello_at, self.now + GOSSIP)
+        if self.decided is None and (fresh if self.hubs is None else self.hubs.news()):
+            self._hand_on()
         if hello.decided is not None:
             self._learn(hello.decided)
         if fresh and self.round is not None:

@@ -19,11 +19,13 @@ class Hubs:
         self._company, self._book = company, book
         self._candidates: dict[str, tuple[Standing, Endpoint]] = {}
         self._told: list[Standing] = []
+        self._sought = -1  # the version of the company that was last compared
 
     def hear_of(self, known: Known) -> None:
         """A peer hands on another."""
         stands = standing(known.node_id, known.rank, able=known.able)
         self._candidates[known.node_id] = stands, known.endpoint
+        self._sought = -1
         if len(self._candidates) > 2 * self.count:
             del self._candidates[max(self._candidates, key=lambda i: self._candidates[i])]
 
@@ -34,6 +36,9 @@ class Hubs:
 
     def seek(self) -> None:
         """Have the candidates dialled that stand better than the last hub this host sees."""
+        if self._sought == self._company.version:
+            return
+        self._sought = self._company.version
         best = self._company.standings
         last = best[self.count - 1] if len(best) >= self.count else None
         for node_id, (stands, endpoint) in list(self._candidates.items()):
@@ -57,17 +62,24 @@ class Hubs:
 
         Groups that know nothing of each other meet like this.
         """
-        if self._company.before(self._mine) < self.count:
+        if self.among:
             for endpoint in list(self._book.parked):
                 self._book.want(endpoint)
         elif self._book.parked and self._book.reached < 4 * self.count:
             self.want_another()
 
     def news(self) -> bool:
-        """Whether the best have changed since this was last asked."""
+        """Whether this host is one and the best have changed since this was last asked."""
+        if not self.among:
+            return False
         best = self._company.standings[: self.count]
         changed, self._told = best != self._told, best
         return changed
+
+    @property
+    def among(self) -> bool:
+        """Whether this host is a hub itself, as far as it sees."""
+        return self._company.before(self._mine) < self.count
 
     def present(self) -> int:
         """The most voters that one of the hubs counts, as far as it told."""

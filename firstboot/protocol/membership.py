@@ -18,6 +18,7 @@ from firstboot.protocol.voter import Voter
 DIAL_TIME = 5.0  # seconds after which a dial has failed
 CLUSTER_RETRY = 0.05  # seconds before a refused dial is tried again; doubles each time
 RESEND = 2.0  # seconds before a request without an answer is sent again
+LAST_RESEND = 15.0  # and for certificates, as a master of many hosts signs for minutes
 NOTE_WITHIN = 0.5  # seconds before the last of many Confirmed is noted
 LEAVE_ANYWAY = 60.0  # a node stops waiting for a master that cannot note its Confirmed
 
@@ -39,6 +40,7 @@ class Membership(Voter):
         self._cluster_retry = CLUSTER_RETRY
         self._storing: Member | None = None  # whose certificates are being stored
         self._enrol_at = self._cluster_dial_at = self._tell_at = start.now
+        self._enrol_pause = RESEND
         self._active_since: float | None = start.now if start.stored.activated else None
 
     def _membership_at(self) -> float:
@@ -66,14 +68,14 @@ class Membership(Voter):
             return
         if self.now < self._enrol_at:
             return
-        self._enrol_at = self.now + RESEND
+        self._enrol_at = self.now + self._enrol_pause
+        self._enrol_pause = min(2 * self._enrol_pause, LAST_RESEND)
         ask = messages.Enrol(
             value.epoch, request.csr, request.key, self.me.name, self.me.endpoint.host
         )
         if self.founder:
             self._on_enrol(self.me.node_id, ask)
         else:
-            self._seek(value.founder)
             self._send(value.founder.node_id, ask)
 
     def _on_request(self, event: events.RequestMade) -> None:
@@ -84,6 +86,9 @@ class Membership(Voter):
         if value is None or not self.founder:
             self._send(sender, self._hello())
             return
+        signing = self.roster.pending.get(sender)
+        if signing is not None and signing.key == message.key and message.epoch == value.epoch:
+            return  # asked again while its turn has not come: it is answered once
         peer = self.peers.get(sender)
         seen_at = peer.seen_at if peer is not None else {self.me.endpoint.host}
         answer = (
@@ -221,7 +226,12 @@ class Membership(Voter):
         self._store(noted, confirmed=tuple(sorted({*written, *batch})))
 
     def _forget_enrolment(self) -> None:
-        self._enrol_at, self.denied, self._storing = self.now, "", None
+        self.denied, self._storing = "", None
+        self._ask_now()
+
+    def _ask_now(self) -> None:
+        """The master may not have heard this host's request yet."""
+        self._enrol_at, self._enrol_pause = self.now, RESEND
 
     def _activated(self) -> None:
         super()._activated()

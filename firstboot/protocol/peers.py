@@ -18,7 +18,7 @@ from firstboot.protocol.model import NEVER, Channel, Endpoint
 FIRST_RETRY = 0.2  # seconds before a failed dial is tried again; doubles each time
 LAST_RETRY = 5.0
 SILENT_AFTER = 15.0  # seconds without a word before a peer no longer counts as present
-BEST_KNOWN, OTHERS_KNOWN = 10, 6  # peers named in the Hello of a large formation
+BEST_KNOWN, OTHERS_KNOWN = 6, 3  # peers named in the Hello of a large formation
 
 Standing = tuple[bool, int, str]  # the lowest proposes first: cannot, preference, node id
 
@@ -119,6 +119,8 @@ class Company:
             self.version += 1
         self._present[node_id] = peer
         self._present.move_to_end(node_id)
+        if peer.heard < now:  # a rare case: it was not heard just now, so it is not the last
+            self._present = OrderedDict(sorted(self._present.items(), key=lambda i: i[1].heard))
 
     def heard(self, peer: Peer, now: float) -> None:
         """A word from that peer, whatever it was."""

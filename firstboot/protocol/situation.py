@@ -30,7 +30,7 @@ from firstboot.protocol.plan import Payload, Step
 ANNOUNCE_EVERY = (1.0, 1.0, 2.0, 3.0, 5.0)  # seconds; zeroconf alone gives up after about 14 s
 HEARTBEAT = 5.0
 DISK_RETRY = 1.0
-GOSSIP = 0.05  # before peers hear that this host knows of better ones, in a large formation
+GOSSIP, LAST_GOSSIP = 0.05, 1.0  # seconds before peers hear of hosts they may not know
 MAX_STRANGERS = 16
 
 
@@ -263,6 +263,8 @@ class Situation:
         hubs = self.hubs
         if hubs is not None:
             hubs.seek()
+            if self.decided is not None and not self.may_start:
+                self._seek(self.decided.founder)
         if self.book.due_at <= self.now:
             self._dial_due()
         while hubs is not None and hubs.lonely:
@@ -273,10 +275,10 @@ class Situation:
         for contact in self.book.due(self.now):
             self._actions.append(events.Connect(contact.endpoint, Channel.BOOTSTRAP))
 
-    def _seek(self, member: Member) -> None:
-        """In a large formation this host may not be connected to that member yet."""
-        if self.hubs is not None and member.node_id not in self.company:
-            endpoint = Endpoint(member.host, self.me.endpoint.port)
+    def _seek(self, founder: Member) -> None:
+        """Until ACTIVE the master needs everybody, and perhaps it is no hub any more."""
+        if founder.node_id not in self.company:
+            endpoint = Endpoint(founder.host, self.me.endpoint.port)
             self.book.found(endpoint, "peer", self.now)
             self.book.want(endpoint)
 
@@ -293,6 +295,11 @@ class Situation:
             if Channel.BOOTSTRAP in peer.channels:
                 self._send(peer.node_id, hello)
 
+    def _hand_on(self) -> None:
+        """Tell everybody soon whom this host has met: the less often, the more they are."""
+        pause = min(GOSSIP * (1 + len(self.company) // 32), LAST_GOSSIP)
+        self._hello_at = min(self._hello_at, self.now + pause)
+
     def _hello(self) -> messages.Hello:
         turn = 0 if self.hubs is None else self._greetings
         about = (self.stage, self.decided, self.company.version, turn)
@@ -301,6 +308,7 @@ class Situation:
         return self._hello_made
 
     def _new_hello(self, turn: int) -> messages.Hello:
+        alone = self.hubs is not None and self.decided is not None  # who needs the master, seeks it
         return messages.Hello(
             version=messages.VERSION,
             boot=self.me.boot,
@@ -313,6 +321,6 @@ class Situation:
             voter=self.me.voter,
             stage=self.stage,
             decided=self.decided,
-            peers=self.company.known(turn, everybody=self.hubs is None),
+            peers=() if alone else self.company.known(turn, everybody=self.hubs is None),
             present=self.present_voters(),
         )

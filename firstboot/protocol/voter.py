@@ -328,4 +328,5 @@ class Voter(Situation):
 
     def _wanted_members(self) -> int:
         whole = self.in_grace or self.config.strict
-        return self.config.expect if whole else self.quorum
+        # More may have to vote than may become members, where surplus hosts were seen.
+        return self.config.expect if whole else min(self.quorum, self.config.expect)
