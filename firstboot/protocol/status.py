@@ -344,7 +344,7 @@ def _about_peers(core: Assembly) -> list[Problem]:
 
 def _may_be_late(core: Assembly) -> bool:
     """Whether this host is in no cluster, and meets nobody who is."""
-    met = (p.hello.decided for p in core.present_peers() if p.hello is not None)
+    met = (p.hello.decided for p in core.company if p.hello is not None)
     return not core.enrolled and not any(value is not None and value.active for value in met)
 
 
@@ -359,7 +359,7 @@ def _join_problem(core: Assembly, masters: list[str]) -> Problem:
         "Run `firstboot join` here, with the token that `firstboot admit` shows on that master."
         " If it has ended there, run it again."
     )
-    return Problem("JOIN_NEEDS_TOKEN", text, hint, blocking=not core.present_peers())
+    return Problem("JOIN_NEEDS_TOKEN", text, hint, blocking=not len(core.company))
 
 
 def _token_problem(core: Assembly, sources: list[str]) -> Problem:

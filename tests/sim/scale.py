@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from firstboot.protocol import events, messages
@@ -128,7 +129,7 @@ def formation(hosts: int, discovery: str) -> Row:
     began = time.monotonic()
     world = Plain(hosts, discovery)
     for host in world.hosts:
-        world.at(world.rng.random(), lambda h=host: world.boot(h))  # type: ignore[misc]
+        world.at(world.rng.random(), partial(world.boot, host))
     while not all(h.gone for h in world.hosts):
         world.run(world.now + STEP)
         if world.now > 3600:
