@@ -35,7 +35,7 @@ PROTOCOL = (
     "history",
 )
 PURE = {"__future__", "base64", "collections", "dataclasses", "enum", "ipaddress", "json"}
-PURE |= {"operator", "re", "string", "types", "typing"}
+PURE |= {"bisect", "heapq", "itertools", "operator", "re", "string", "types", "typing"}
 ADAPTERS = ("containers", "discovery", "health", "host", "pki", "transport", "units", "userdata")
 # Floor 2 and 3, each with what it may import beside the floors below.
 UPPER = {
