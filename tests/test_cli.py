@@ -83,7 +83,10 @@ def test_wrong_usage_is_64_and_one_line(firstboot: Firstboot, arguments: tuple[s
     assert "--help" in one_line(error)
 
 
-@pytest.mark.parametrize("verb", ["", "run", "status", "validate", "token", "timeline", "replay"])
+VERBS = ["", "run", "status", "admit", "join", "validate", "token", "timeline", "replay"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_is_0_and_hides_what_is_for_tests_only(firstboot: Firstboot, verb: str) -> None:
     code, out, error = firstboot(*filter(None, (verb, "--help")))
     assert (code, error) == (0, "")

@@ -51,8 +51,11 @@ class Told:
         self.strangers.append((kind, source))
 
 
-def txt(formation: str = "demo", tag: str = "a" * 16, version: str = "1") -> bytes:
+def txt(
+    formation: str = "demo", tag: str = "a" * 16, version: str = "1", admits: str = ""
+) -> bytes:
     strings = [f"v={version}".encode(), f"f={formation}".encode(), f"t={tag}".encode()]
+    strings += [f"m={admits}".encode()] if admits else []
     return b"".join(bytes([len(s)]) + s for s in strings)
 
 
@@ -82,6 +85,19 @@ def test_another_token_is_a_stranger_and_another_formation_nobody() -> None:
     told.sieve.take(heard("v", b""))
     assert told.found == []
     assert told.strangers == [("token", "10.0.0.2")]
+
+
+def test_a_master_that_admits_is_named_unless_its_name_is_foul() -> None:
+    told = Told()
+    told.sieve.take(heard("x", txt(tag="b" * 16, admits="host-1")))
+    assert told.strangers == [("admits", "host-1 at 10.0.0.2")]
+    for name in ("\x1b[2J", "a b", "UPPER", "x" * 64, "é"):
+        told = Told()
+        told.sieve.take(heard("x", txt(tag="b" * 16, admits=name)))
+        assert told.strangers == [("token", "10.0.0.2")]
+    told = Told()  # who holds its token is a peer
+    told.sieve.take(heard("x", txt(admits="host-1")))
+    assert (told.strangers, len(told.found)) == ([], 1)
 
 
 def test_own_records_are_not_a_peer() -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from firstboot.protocol.errors import UserError
-from firstboot.userdata import Secret, check_token, make_token, parse
+from firstboot.userdata import ONE_TIME, Secret, check_token, is_one_time, make_token, parse
 from firstboot.userdata.token import ALPHABET, assemble
 
 TOKEN = assemble("7q0hzk3n5x9wbfcyd2rt8gjm4v6sape1")
@@ -86,6 +86,22 @@ def test_every_single_typing_mistake_is_caught() -> None:
             if wrong != TOKEN[i]:
                 with pytest.raises(UserError):
                     check_token(TOKEN[:i] + wrong + TOKEN[i + 1 :])
+
+
+def test_a_one_time_token_says_so_and_cannot_be_taken_for_the_other_kind() -> None:
+    token = make_token(ONE_TIME)
+    check_token(token)
+    assert token.startswith("fb1j-")
+    assert is_one_time(token)
+    assert not is_one_time(TOKEN)
+    assert parse(BASE.replace(TOKEN, token).encode(), "c.yaml").late
+    assert not parse(BASE.encode(), "c.yaml").late
+    for wrong in (token.replace("fb1j", "fb1"), TOKEN.replace("fb1", "fb1j"), f"fb1j{token}"):
+        with pytest.raises(UserError):
+            check_token(wrong)
+    line = mistake(BASE.replace("demo", token))
+    assert line.endswith(": a token stands here, where it would be shown")
+    assert token not in line
 
 
 def test_swapped_neighbours_are_caught() -> None:

@@ -17,7 +17,7 @@ import pytest
 from firstboot import userdata
 from firstboot.carrier import RELEASED
 from firstboot.host import StateDirectory
-from firstboot.protocol.model import Register
+from firstboot.protocol.model import Register, Stored
 from tests.machines.document import document
 from tests.network.hosts import PROJECT, Host, Hosts
 from tests.network.run import wait_until
@@ -63,7 +63,13 @@ class Admit:
 
 def firstboot(host: Host, *words: str, said: str = "") -> tuple[int, str]:
     """Run a verb on a host to its end: exit code, and what it printed."""
-    argv = (sys.executable, "-m", "firstboot", *words, "--root", str(host.root))
+    argv = (
+        sys.executable,
+        "-m",
+        "firstboot",
+        *words,
+        *(() if "replay" in words else ("--root", str(host.root))),
+    )
     done = host.network.run(host.number, *argv, check=False, input=said, cwd=PROJECT)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout + done.stderr
@@ -238,6 +244,42 @@ def test_a26_admit_may_be_killed_at_any_moment(hosts: Hosts, moment: str | int) 
     assert not any(authorities(h) for h in hosts.all if h is not master)
     assert len(issued()) == 4
     assert closed(master)
+
+
+def test_a26_the_disk_says_closed_while_admission_is_open(hosts: Hosts) -> None:
+    master, late, fifth = master_of(hosts), hosts[LATE], hosts[5]
+    admit = Admit(master, "--hosts", "2")
+    assert firstboot(late, "join", said=admit.token)[0] == 0
+    late.start()
+    wait_until(lambda: "has joined" in admit.said, 30, "the first of two is in")
+    assert admit.process.poll() is None
+    # By now it has written its state: who has joined is in it.
+    state = StateDirectory(master.root, working=False).load()
+    assert isinstance(state, Stored)
+    assert len(state.confirmed) == 3
+    assert state.closed
+    assert state.finished
+    hosts.wait_running(LATE)
+    admit.process.kill()
+    admit.process.wait()
+    assert closed(master)
+    # The next one lets in whoever is still missing, and tells who is there already.
+    again = Admit(master)
+    assert "has 4 hosts" in again.said
+    assert firstboot(fifth, "join", said=again.token)[0] == 0
+    fifth.start()
+    hosts.wait_running()
+    assert again.end() == 0
+    assert len(hosts.clusters()) == 1
+    # Ctrl-C closes it, too.
+    last = Admit(master)
+    last.process.send_signal(signal.SIGINT)
+    assert last.end() == 2
+    assert "Stopped: 0 of 1 host joined. Admission is closed again" in last.said
+    assert closed(master)
+    assert master.status["members"] == 5
+    page = firstboot(master, "replay", str(master.root / "var/lib/firstboot/history.jsonl"))
+    assert page[0] == 0
 
 
 def authorities(host: Host) -> dict[str, bytes]:
