@@ -10,6 +10,7 @@ must agree. The windows are checked on the world's own clock, not on what a host
     I4  what depends on the disk is said only once it is there: the messages after ACTIVE
     I7  one answer for one host and epoch, one name for one member
     I9  after CLOSE no bootstrap handshake succeeds, and nobody new is signed for
+    L5  two running copies of one identity stop as soon as they meet
     L4  the master closes once all have confirmed, and leaves not before
 """
 
@@ -22,8 +23,9 @@ from firstboot.protocol import events, messages
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.election import Purpose, Round
 from firstboot.protocol.enrolment import full
-from firstboot.protocol.model import Channel, ClusterConfig, Issued, Member, Stored, Value
+from firstboot.protocol.model import Ballot, Channel, ClusterConfig, Issued, Member, Stored, Value
 from firstboot.protocol.voter import MASTER_SILENT
+from tests.sim.outcome import runs
 
 if TYPE_CHECKING:
     from tests.sim.machine import Host
@@ -44,6 +46,7 @@ class Conduct:
         self.checks: Counter[str] = Counter()  # by the sentence that would be said
         self.first_held: dict[Value, float] = {}  # when a value first was on some disk
         self.met: dict[tuple[int, int], set[str]] = {}  # host, boot -> the voters it met
+        self.answered_to: dict[tuple[int, int, type, Ballot], set[str]] = {}
         self.answers: dict[tuple[str, str], Member] = {}  # CA, node id -> who it was signed as
         self.named: dict[tuple[str, str], str] = {}  # CA, name -> node id
 
@@ -56,11 +59,19 @@ class Conduct:
     # ------------------------------------------------------------ deciding
 
     def heard(self, host: Host, event: events.Event) -> None:
-        """A Hello that the core took note of tells it of one more voter."""
-        if type(event) is events.MessageReceived and type(event.message) is messages.Hello:
-            known = host.core is not None and event.node_id in host.core.peers
-            if known and event.message.voter:
+        """Who answered which ballot; a Hello tells of one more voter, or of a copy of the host."""
+        core = host.core
+        if core is None or type(event) is not events.MessageReceived:
+            return
+        message = event.message
+        if type(message) is messages.Promise or type(message) is messages.Accepted:
+            where = (host.index, host.boots, type(message), message.ballot)
+            self.answered_to.setdefault(where, set()).add(event.node_id)
+        elif type(message) is messages.Hello:
+            if message.voter and event.node_id in core.peers:
                 self.voters_met(host).add(event.node_id)
+            if event.node_id == host.node_id and message.boot != core.me.boot:
+                self.must(bool(core.failure), "L5: two copies of one identity met, and go on")
 
     def voters_met(self, host: Host) -> set[str]:
         """Every voter this host met since it was started, itself among them."""
@@ -88,12 +99,19 @@ class Conduct:
         return bool(this.accepted) and core.decided == this.value
 
     def won(self, host: Host, this: Round) -> None:
-        """W1 and W3, when a round has got by."""
-        voters = min(len(this.accepted), len(this.promises))
+        """W1 and W3, when a round has got by: whom it counted, and who really answered it."""
+        counts = []
+        for kind, counted in (
+            (messages.Promise, this.promises),
+            (messages.Accepted, this.accepted),
+        ):
+            answered = self.answered_to.get((host.index, host.boots, kind, this.ballot), set())
+            counts.append(min(len(counted), 1 + len(answered)))
+        voters = min(counts)
         if voters < host.document.expect:
             self.must(not self._in_grace(host), "W1: decided by fewer than expect within grace")
             # The promises were enough for the voters met when they came.
-            enough = 2 * len(this.accepted) > len(self.voters_met(host))
+            enough = 2 * counts[1] > len(self.voters_met(host))
             self.must(enough, "W3: decided by no majority of the voters met")
 
     def _in_grace(self, host: Host) -> bool:
@@ -112,6 +130,8 @@ class Conduct:
         """I4 and I7: the messages after the decision."""
         stored = host.disk.stored
         match message:
+            case messages.Promise() | messages.Accepted():
+                self.must(not host.disk.lost, "I4: a host votes that lost its votes")
             case messages.Activated():
                 done = stored.activated and stored.decided is not None
                 self.must(done, "I4: ACTIVE was told before it was on disk")
@@ -139,7 +159,8 @@ class Conduct:
     def opened(self, target: Host, channel: Channel) -> None:
         """I9: whose bootstrap channel just answered."""
         if channel is Channel.BOOTSTRAP:
-            shut = target.disk.stored.closed
+            stands_still = target.core is None or target.core.failure
+            shut = target.disk.stored.closed and not stands_still
             self.must(not shut, "I9: a bootstrap handshake succeeded after CLOSE")
 
     def left(self, host: Host) -> None:
@@ -170,4 +191,4 @@ class Conduct:
             return False
         others = members - {host.node_id} - set(host.disk.stored.confirmed)
         there = [(i, world.by_id[i]) for i in others]
-        return all(h.node_id == i and h.core is not None for i, h in there)  # not wiped, not gone
+        return all(h.node_id == i and not h.gone and runs(h) for i, h in there)

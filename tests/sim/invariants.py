@@ -152,6 +152,7 @@ class Witness(Conduct):
 
     def sent(self, host: Host, action: events.Send) -> None:
         """I4: nothing is said before it is on disk."""
+        self.told(host, action.message, action.node_id)
         register = host.disk.stored.register
         match action.message:
             case messages.Promise(ballot=ballot):
@@ -160,8 +161,6 @@ class Witness(Conduct):
             case messages.Accepted(ballot=ballot):
                 done = register.accepted >= ballot
                 self.must(done, "I4: an acceptance left before it was on disk")
-            case message:
-                self.told(host, message, action.node_id)
 
     def dialled(self, host: Host, action: events.Connect) -> None:
         """I9: not on the bootstrap channel once it is shut."""
@@ -259,7 +258,7 @@ class Witness(Conduct):
             values = {v.cluster_id for v in held if v is not None and v.active}
             self.must(len(values) <= 1, "I1: hosts hold different clusters at the end")
             for host in world.hosts:
-                self._no_stale_authority(host)
+                self._no_stale_authority(world, host)
         elif len(alone) > 1 and not self.copied:
             told = all(c.conflict or any(p.mismatch for p in c.peers.values()) for c in alone)
             self.must(told, "I1: two clusters are ACTIVE, their masters meet and say nothing")
@@ -275,10 +274,12 @@ class Witness(Conduct):
         kept = host.shut and any(c is Channel.BOOTSTRAP for _, c in host.channels)
         self.must(not kept, "I9: a bootstrap connection outlived CLOSE")
 
-    def _no_stale_authority(self, host: Host) -> None:
+    def _no_stale_authority(self, world: World, host: Host) -> None:
         value, kept = host.disk.stored.decided, set(host.disk.authorities)
         if value is None or not value.active or host.core is None or host.node_id in self.forgot:
             return
+        if world.hostile and world.faults.disk_errors:
+            return  # it may be about to try again
         allowed = {value.epoch} if value.founder.node_id == host.node_id else set()
         self.must(kept <= allowed, "I6: a CA key of another epoch, or no master's, is kept")
 
