@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 from firstboot.protocol.model import Profile
@@ -123,12 +123,53 @@ _CREDENTIALS = RolePlan(
 )
 NONE = Payload(name="none", master=_CREDENTIALS, node=_CREDENTIALS)
 
-PAYLOADS: Mapping[str, Payload] = MappingProxyType({p.name: p for p in (NONE, ETCD)})
+
+class _Payloads(Mapping[str, Payload]):
+    """The payloads by name; Origin's many rows are made only where somebody asks for them."""
+
+    _small: Mapping[str, Payload] = MappingProxyType({p.name: p for p in (NONE, ETCD)})
+
+    def __getitem__(self, name: str) -> Payload:
+        if name == "origin":
+            from firstboot.payloads.origin.rows import ORIGIN
+
+            return ORIGIN
+        return self._small[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (*self._small, "origin")
+
+    def __len__(self) -> int:
+        return len(self._small) + 1
+
+
+PAYLOADS: Mapping[str, Payload] = _Payloads()
 
 # What a payload's texts may use beside `plan.variables`, and the values without configuration.
 OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "none": MappingProxyType({}),
         "etcd": MappingProxyType({"etcd_image": "oci:/usr/lib/firstboot/images/etcd:latest"}),
+        "origin": MappingProxyType(
+            {
+                "origin_version": "v3.9.0",
+                "origin_images_etcd": "oci:/usr/lib/firstboot/images/etcd:latest",
+                "origin_images_origin": "",
+                "origin_images_node": "",
+                "origin_images_openvswitch": "",
+                "origin_network_plugin": "ovs-subnet",
+                "origin_network_cluster_cidr": "10.128.0.0/14",
+                "origin_network_services_cidr": "172.30.0.0/16",
+                "origin_network_host_subnet_length": "9",
+                "origin_public_hostname": "",
+                "origin_cluster_hostname": "",
+                "origin_masters_are_nodes": "true",
+                "origin_schedulable_masters": "true",
+                "origin_unidling": "true",
+                "origin_kubelet_arguments": "{}",
+                "origin_node_labels": "[]",
+                "origin_labels": "{}",
+            }
+        ),
     }
 )

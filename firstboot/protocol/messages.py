@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -37,6 +38,9 @@ MAX_TEXT = 1024
 MAX_BLOB = 8 * 1024
 MAX_PEERS = 64
 Reader = Callable[[Any], Any]  # of JSON's types; ValueError or TypeError if they do not fit
+MAX_ITEMS = 32
+MAX_PLACES = 200  # members whose addresses fit into a message beside a master's certificates
+ITEM_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +198,60 @@ class Noted:
     epoch: int
 
 
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A blob by the name of the row it belongs to."""
+
+    name: str
+    data: bytes
+
+    def __post_init__(self) -> None:
+        require(bool(ITEM_NAME.match(self.name)), "an item has a short name")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A member's name and its IP address."""
+
+    name: str
+    host: str
+
+    def __post_init__(self) -> None:
+        require(bool(LABEL.match(self.name)), "a member's name is a DNS label")
+        check_address(self.host)
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """Please sign these requests with the payload's signers. Counts only on the cluster channel."""
+
+    epoch: int
+    requests: tuple[Item, ...]
+
+    def __post_init__(self) -> None:
+        require(len(self.requests) <= MAX_ITEMS, "too many requests")
+
+
+@dataclass(frozen=True, slots=True)
+class Supplies:
+    """The payload's certificates for you, and of its signers (DER), and who else is a member.
+
+    `sealed` are private keys that masters share, each encrypted to this master's own key. Counts
+    only on the cluster channel.
+    """
+
+    epoch: int
+    certificates: tuple[Item, ...]
+    signers: tuple[Item, ...]
+    sealed: tuple[Item, ...]
+    places: tuple[Place, ...]
+
+    def __post_init__(self) -> None:
+        counts = (len(self.certificates), len(self.signers), len(self.sealed))
+        require(max(counts) <= MAX_ITEMS, "too many items")
+        require(len(self.places) <= MAX_PLACES, "too many places")
+
+
 Message = (
     Hello
     | Prepare
@@ -207,6 +265,8 @@ Message = (
     | Activated
     | Confirmed
     | Noted
+    | Apply
+    | Supplies
 )
 TYPES: dict[str, type[Any]] = {
     kind.__name__.lower(): kind for kind in typing.get_args(Message) if isinstance(kind, type)

@@ -132,8 +132,16 @@ def _steps(core: Assembly) -> list[dict[str, str]]:
 def say(step: plan.Step) -> str:
     """A step of the plan in words."""
     match step:
-        case plan.WriteFile():
+        case plan.GetCertificates():
+            return "get this host's certificates from the master"
+        case plan.MakeDirectory() | plan.MakeLink():
+            return f"make {step.path}"
+        case plan.WriteFile() | plan.WriteBlock():
             return f"write {step.path}"
+        case plan.SetKernel():
+            return f"set {step.key}"
+        case plan.UseResolver():
+            return f"let {step.address} resolve names"
         case plan.InstallContainer():
             return f"install system container {step.name}"
         case plan.StartUnit():
