@@ -52,6 +52,14 @@ EXAMPLES: dict[str, Message] = {
     "activated": messages.Activated(VALUE),
     "confirmed": messages.Confirmed(1),
     "noted": messages.Noted(1),
+    "apply": messages.Apply(1, (messages.Item("node.client", b"\x30\x00"),)),
+    "supplies": messages.Supplies(
+        1,
+        (messages.Item("node.client", b"\x30\x01"),),
+        (messages.Item("ca", b"\x30\x02"),),
+        (messages.Item("ca.key", b"\x00"),),
+        (messages.Place("node-0", "10.0.0.5"),),
+    ),
 }
 
 
@@ -95,6 +103,7 @@ hellos = st.builds(
     decided=st.none() | values,
     peers=st.lists(known, max_size=4).map(tuple),
 )
+items = st.lists(st.builds(messages.Item, labels, blobs), max_size=4).map(tuple)
 by_type: dict[str, st.SearchStrategy[Message]] = {
     "hello": hellos,
     "prepare": st.builds(messages.Prepare, ballots, st.integers(0, 2**31)),
@@ -110,6 +119,15 @@ by_type: dict[str, st.SearchStrategy[Message]] = {
     "activated": st.builds(messages.Activated, values),
     "confirmed": st.builds(messages.Confirmed, epochs),
     "noted": st.builds(messages.Noted, epochs),
+    "apply": st.builds(messages.Apply, epochs, items),
+    "supplies": st.builds(
+        messages.Supplies,
+        epochs,
+        items,
+        items,
+        items,
+        st.lists(st.builds(messages.Place, labels, hosts), max_size=4).map(tuple),
+    ),
 }
 anything = st.one_of(*by_type.values())
 trees = st.recursive(
