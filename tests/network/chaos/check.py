@@ -86,7 +86,7 @@ def _accepted_when(trail: Trail) -> dict[tuple[Ballot, Value], dict[str, float]]
         register = stored.register
         if register.value is not None:
             since = when.setdefault((register.accepted, register.value), {})
-            since.setdefault(node_id, at)
+            since[node_id] = min(at, since.get(node_id, at))
     return when
 
 

@@ -267,6 +267,7 @@ class Formation:
             if there:
                 self._faults["kill"] += 1
                 there[0].kill()
+                there[0].gone = fault.lasts >= FOR_GOOD
                 self._later(self._now() + fault.lasts, self._starter(there[0]))
 
     def _kill(self, fault: Fault) -> None:

@@ -14,7 +14,7 @@ from tests.network.rig import Network
 FOR_GOOD = 1e6  # seconds; a fault that lasts so long is never healed
 LATE_MULTICAST = 20.0  # seconds; longer than zeroconf's own queries go on
 STAGE_WAIT = 10.0  # seconds for which a kill waits for a host to get to a stage
-STAGES = ("deciding", "enrolling", "signing", "starting")
+STAGES = ("deciding", "enrolling", "signing", "signing", "starting")
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class Plan:
         return max([*self.starts, *ends])
 
     @property
-    def dead(self) -> set[int]:
-        """The hosts that never come back."""
-        return {f.host for f in self.faults if f.lasts >= FOR_GOOD}
+    def mortal(self) -> bool:
+        """Whether a host is killed and never comes back."""
+        return any(f.lasts >= FOR_GOOD for f in self.faults)
 
     @property
     def late_multicast(self) -> bool:
         """Whether multicast, the only way to meet, begins to work late and is what all wait for."""
-        return self.discovery == "late" and self.peace <= LATE_MULTICAST and not self.dead
+        return self.discovery == "late" and self.peace <= LATE_MULTICAST and not self.mortal
 
     def document_lines(self) -> dict[str, str]:
         """The document's lines beyond cluster, token and expect."""
@@ -118,6 +118,9 @@ def draw(seed: int) -> Plan:
     if plan.discovery == "late":
         until = 12.0  # so that whoever is killed or paused is back when multicast works
     faults = [_fault(rng, plan, until) for _ in range(rng.randint(2, 7))]
+    if rng.random() < 0.5:  # a bad network from the start: it forms while the faults go on
+        kind = rng.choice(("loss", "slow", "cut", "partition"))
+        faults.append(replace(_drawn(rng, plan, kind, until), at=0.0))
     return _consistent(rng, replace(plan, faults=_apart(faults)))
 
 
@@ -128,33 +131,36 @@ def _expect(rng: random.Random, hosts: int) -> int:
 
 
 def _fault(rng: random.Random, plan: Plan, until: float) -> Fault:
-    everybody = range(1, plan.hosts + 1)
-    host = rng.choice(everybody)
-    # A formation that nothing hinders takes about a second, most of it the start of Python.
-    at = rng.uniform(0.2, min(3.0, until)) if rng.random() < 0.6 else rng.uniform(0.0, until)
     kind = rng.choices(
         ("kill", "pause", "loss", "slow", "cut", "partition", "wipe", "move", "flap"),
         (34, 14, 10, 7, 11, 12, 5, 4, 3),
     )[0]
-    fault = Fault(at, kind, rng.uniform(0.5, max(1.0, until - at)), host)
+    return _drawn(rng, plan, kind, until)
+
+
+def _drawn(rng: random.Random, plan: Plan, kind: str, until: float) -> Fault:
+    everybody = range(1, plan.hosts + 1)
+    # A formation that nothing hinders takes about a second, most of it the start of Python.
+    at = rng.uniform(0.2, min(3.0, until)) if rng.random() < 0.6 else rng.uniform(0.0, until)
+    fault = Fault(at, kind, rng.uniform(0.5, max(1.0, until - at)), rng.choice(everybody))
     match kind:
         case "kill":
-            stage = rng.choice(STAGES) if rng.random() < 0.35 else ""
+            stage = rng.choice(STAGES) if rng.random() < 0.5 else ""
             fault = replace(fault, lasts=rng.uniform(0.1, 3.0), stage=stage)
             return replace(fault, host=0) if stage else fault
         case "wipe":
             return replace(fault, lasts=rng.uniform(0.2, 3.0))
         case "pause":
-            return replace(fault, lasts=rng.choice((0.5, 3.0, 8.0, 20.0)) * rng.uniform(0.4, 1.0))
+            top = rng.choices((0.5, 3.0, 8.0, 20.0, 45.0), (30, 30, 20, 10, 10))[0]
+            return replace(fault, lasts=top * rng.uniform(0.4, 1.0))
         case "loss":
             return replace(fault, host=0, amount=rng.randint(5, 40))
         case "slow":
             return replace(fault, amount=rng.choice((64, 128, 512)))
         case "cut":
             ways = list(permutations(everybody, 2))
-            return replace(
-                fault, host=0, pairs=tuple(rng.sample(ways, rng.randint(1, max(1, len(ways) // 3))))
-            )
+            some = rng.sample(ways, rng.randint(1, max(1, len(ways) // 3)))
+            return replace(fault, host=0, pairs=tuple(some))
         case "partition":
             group = rng.sample(everybody, rng.choice((1, max(1, plan.hosts // 2))))
             return replace(fault, host=0, group=tuple(sorted(group)))
@@ -178,14 +184,15 @@ def _consistent(rng: random.Random, plan: Plan) -> Plan:
     """Add what makes the run a fair one, and now and then a host that never comes back."""
     faults = list(plan.faults)
     spare = plan.hosts - (plan.expect // 2 + 1)
-    kills = [i for i, f in enumerate(faults) if f.kind == "kill" and f.host]
+    kills = [i for i, f in enumerate(faults) if f.kind == "kill"]
     quick = plan.grace < 10 and not plan.strict and plan.hosts - 1 >= plan.masters
     wiped = sum(f.kind == "wipe" for f in faults)
-    if spare > 0 and kills and quick and not wiped and rng.random() < 0.25:
+    if spare > 0 and kills and quick and not wiped and rng.random() < 0.6:
         index = rng.choice(kills)
         faults[index] = replace(faults[index], lasts=FOR_GOOD)
         dead = faults[index]
-        faults = [f for f in faults if f is dead or f.host != dead.host or f.at < dead.at]
+        if dead.host:
+            faults = [f for f in faults if f is dead or f.host != dead.host or f.at < dead.at]
     if plan.hosts < plan.expect:
         # Who is never launched is waited for until the grace period ends: let that be soon.
         grace = min(plan.grace, rng.uniform(1.0, 8.0))

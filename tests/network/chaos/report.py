@@ -22,6 +22,7 @@ class Report:
     faults: Counter[str] = field(default_factory=Counter)
     checks: Counter[str] = field(default_factory=Counter)
     excused: Counter[str] = field(default_factory=Counter)
+    ordeals: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
     healed: list[float] = field(default_factory=list)
     events: int = 0
@@ -37,6 +38,7 @@ class Report:
         self.faults += outcome.faults
         self.checks += found.checks
         self.excused += verdict.excused
+        self.ordeals += verdict.ordeals
         self.shapes[f"{plan.hosts} hosts"] += 1
         self.shapes.update(_traits(plan))
         self.outcomes[_outcome(outcome, verdict)] += 1
@@ -60,6 +62,7 @@ class Report:
             f"{self.runs} runs, {self.clean} as they must be, {len(self.violations)} violations",
             f"runs: {_counts(self.shapes)}",
             f"faults injected: {_counts(self.faults)}",
+            f"before ACTIVE: {_counts(self.ordeals)}",
             f"came to: {_counts(self.outcomes)}",
             f"invariant checks: {_counts(self.checks)}, over {self.events} recorded events",
             f"from the end of faults to all running, s: {_spread(self.healed)}",
@@ -82,7 +85,7 @@ def _traits(plan: Plan) -> list[str]:
         "short grace": plan.grace < 10,
         "one never launched": plan.hosts < plan.expect,
         "one surplus": plan.hosts > plan.expect,
-        "one never comes back": bool(plan.dead),
+        "one never comes back": plan.mortal,
         "a stranger": plan.stranger,
         f"discovery {plan.discovery}": True,
     }

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from firstboot.protocol import events
 from firstboot.protocol.model import Value
 from tests.network.chaos.check import Findings, check
 from tests.network.chaos.evidence import Life, Trail, lives, trail
@@ -28,6 +29,7 @@ class Verdict:
     findings: Findings
     wrong: list[str] = field(default_factory=list)
     excused: Counter[str] = field(default_factory=Counter)
+    ordeals: Counter[str] = field(default_factory=Counter)
     events: int = 0
 
 
@@ -36,7 +38,9 @@ def judge(outcome: Outcome) -> Verdict:
     disks = list(lives(outcome.directory))
     everything = trail(disks)
     findings = check(everything, disks, outcome.told)
-    verdict = Verdict(findings, events=len(everything.moments))
+    verdict = Verdict(
+        findings, ordeals=_ordeals(everything, findings), events=len(everything.moments)
+    )
     verdict.wrong += findings.wrong
     verdict.wrong += outcome.exits + outcome.leaks
     stranger = outcome.statuses.pop("stranger", {})
@@ -48,6 +52,36 @@ def judge(outcome: Outcome) -> Verdict:
     for name in outcome.up:
         _host(outcome, name, everything, disks, verdict)
     return verdict
+
+
+def _ordeals(everything: Trail, findings: Findings) -> Counter[str]:
+    """How hard it was: what happened before the first host knew of ACTIVE, in counts."""
+    known = [m.at for m in everything.moments if _is_active(m.decided)]
+    active = min(known, default=float("inf"))
+    before = [m for m in everything.moments if m.at < active]
+    kinds = Counter(type(m.event).__name__ for m in before)
+    said = Counter(
+        type(m.event.message).__name__
+        for m in before
+        if isinstance(m.event, events.MessageReceived)
+    )
+    decided = [m.chosen for m in everything.moments if m.chosen is not None]
+    waking = {
+        w.node_id: min(v.at for v in everything.wakings if v.node_id == w.node_id)
+        for w in everything.wakings
+    }
+    return Counter(
+        {
+            "restarts": sum(waking[w.node_id] < w.at < active for w in everything.wakings),
+            "connections lost": kinds["Disconnected"],
+            "ballots refused": said["Refused"],
+            "masters replaced": max((v.epoch for _, v in decided), default=1) - 1,
+            "runs outside the promise, 2q <= V": 2 * findings.quorum <= findings.voters,
+            "runs decided by fewer than expect": any(
+                q < everything.config.expect for q, _ in decided
+            ),
+        }
+    )
 
 
 def _host(
