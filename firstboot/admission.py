@@ -31,6 +31,7 @@ from firstboot.userdata import Document
 ADMITTED, NOT_ALL = 0, 2  # exit codes
 USAGE = 64
 UNIT = "firstboot.service"
+MAX_SAID = 100  # lines, and some for each host that joins
 TOLD_OTHERWISE = ("INCOMPLETE", "TOKEN_MISMATCH", "JOIN_NEEDS_TOKEN")
 _NOTE = "# Written by `firstboot join`; removed once this host has joined.\n"
 
@@ -238,7 +239,8 @@ class Admission(Service):
             self._say(f"The status could not be brought up to date: {error}.")
 
     def _once(self, text: str) -> None:
-        if text not in self._said:
+        # Who holds the token, or forges multicast, must not fill this terminal.
+        if text not in self._said and len(self._said) < MAX_SAID + 4 * self._wanted:
             self._said.add(text)
             self._say(text)
 

@@ -345,7 +345,7 @@ def _about_peers(core: Assembly) -> list[Problem]:
         text = f"The cluster is active without {missing} of {core.config.expect} expected hosts."
         hint = "They can still join: boot them with this document."
         if core.admission_over:
-            hint = "Admission has ended, so they cannot join any more."
+            hint = "Admission has ended; to let them in: `firstboot admit` here."
         found.append(Problem("INCOMPLETE", text, hint, blocking=not core.admission_over))
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import calendar
+import json
 import random
 import re
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -280,6 +282,43 @@ def test_a26_the_disk_says_closed_while_admission_is_open(hosts: Hosts) -> None:
     assert master.status["members"] == 5
     page = firstboot(master, "replay", str(master.root / "var/lib/firstboot/history.jsonl"))
     assert page[0] == 0
+
+
+def test_a26_the_one_that_was_missing_joins_without_multicast(tmp_path: Path) -> None:
+    """Two of three formed the cluster, and the join window ended before the third came."""
+    listed = "[{static: [10.77.0.11, 10.77.0.12, 10.77.0.13]}]"
+    text = document(
+        3, payload="none", discovery=listed, election="{grace: 1s}", join="{window: 2s}"
+    )
+    with Hosts(3, tmp_path, text) as hosts:
+        hosts.network.no_multicast()
+        hosts.start(1, 2)
+        for host in hosts.all[:2]:
+            assert host.process is not None
+            assert host.process.wait(60) == 0
+        master, late = (h for h in hosts.all if h.number == 3 or h.status["role"] == "master")
+        assert codes(master) == {"INCOMPLETE"}
+        assert "firstboot admit" in master.status["problems"][0]["hint"]
+        late.start()
+        wait_until(lambda: late.state == "waiting", 30, "the late host waits")
+        admit = Admit(master)
+        # Here only the handshake tells that the token is another one.
+        wait_until(lambda: codes(late) == {"TOKEN_MISMATCH"}, 30, "the late host says so")
+        assert "firstboot join" in late.status["problems"][0]["hint"]
+        assert firstboot(late, "join", said=admit.token)[0] == 0
+        restart(late)
+        hosts.wait_running(3)
+        assert admit.end() == 0
+        assert len(hosts.clusters()) == 1
+        for shown in (master.status, master_kept(master)):
+            assert (shown["state"], shown["members"], shown["problems"]) == ("running", 3, [])
+        assert firstboot(master, "status")[0] == 0
+
+
+def master_kept(master: Host) -> dict[str, Any]:
+    """The status that a power cycle brings back."""
+    kept: dict[str, Any] = json.loads((master.root / "var/lib/firstboot/status.json").read_text())
+    return kept
 
 
 def authorities(host: Host) -> dict[str, bytes]:
