@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import random
-import secrets
 import signal
 import sys
 import time
@@ -164,7 +163,7 @@ class Service:
         late = self.document.late and not self.admits
         return Self(
             node_id=node_id,
-            boot=secrets.token_hex(8),
+            boot=os.urandom(8).hex(),
             name=host.node_name(facts.hostname, node_id),
             endpoint=endpoint,
             rank=ranks[0] if ranks else RANK_WITHOUT_PREFERENCE,
@@ -174,7 +173,7 @@ class Service:
         )
 
     def _make_core(self, me: Self, stored: Stored) -> None:
-        now, seed = self._now(), secrets.randbits(48)
+        now, seed = self._now(), int.from_bytes(os.urandom(6))
         issued = self.directory.issued()
         config = self.document.config
         offset = time.time() - time.monotonic()

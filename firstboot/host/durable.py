@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +97,7 @@ def _staged(directory: Path) -> tuple[int, str]:
 
     It is 0600, so that a secret is never readable by others, not even for a moment.
     """
-    name = f"{directory}/{STAGED_PREFIX}{secrets.token_hex(8)}{STAGED_SUFFIX}"
+    name = f"{directory}/{STAGED_PREFIX}{os.urandom(8).hex()}{STAGED_SUFFIX}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(name, flags, 0o600), name
 

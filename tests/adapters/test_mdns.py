@@ -475,3 +475,17 @@ def test_garbage_breaks_nothing(link: Link) -> None:
     second.until(found="10.99.0.1")
     first.stop()
     second.stop()
+
+
+def test_libc_is_not_searched_for_and_nothing_else_changes() -> None:
+    text = """
+import ctypes.util, subprocess
+from firstboot.discovery import mdns
+before, popen, started = ctypes.util.find_library, subprocess.Popen, []
+subprocess.Popen = lambda *given, **_: started.append(given) or popen(["true"])
+with mdns._no_search_for_libc():
+    import zeroconf, ifaddr
+assert started == [] and ctypes.util.find_library is before
+assert any(ip.ip == "127.0.0.1" for a in ifaddr.get_adapters() for ip in a.ips), "it works"
+"""
+    subprocess.run([sys.executable, "-c", text], check=True, timeout=60)
