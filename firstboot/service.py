@@ -23,7 +23,7 @@ from typing import Any
 from firstboot import host, pki, userdata
 from firstboot.carrier import Carrier
 from firstboot.discovery.interface import Context, Provider
-from firstboot.discovery.providers import PROVIDERS
+from firstboot.discovery.providers import LOADS, PROVIDERS
 from firstboot.journal import WARNING, Journal
 from firstboot.late import late_patterns
 from firstboot.payloads.rows import PAYLOADS
@@ -106,7 +106,11 @@ class Service:
         facts = await self._facts()
         if facts is None:
             return
-        key, known, voter = self._memory(facts)
+        memory = self._loop.run_in_executor(self._disk, self._memory, facts)
+        for spec in self.document.discovery:
+            if spec.name in LOADS:
+                LOADS[spec.name]()  # meanwhile the disk works
+        key, known, voter = await memory
         endpoint = facts.endpoint or Endpoint("127.0.0.1", facts.port)
         me = self._me(facts, pki.node_id(key), endpoint, voter=voter)
         self._make_core(me, known)

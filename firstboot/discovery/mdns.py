@@ -250,8 +250,8 @@ class Responder:
 
     def __init__(self, context: Context, own: Endpoint, sieve: Sieve) -> None:
         """Open the sockets; blocks for some 20 ms. LocalError if that fails."""
-        with _no_search_for_libc():
-            import zeroconf
+        load()
+        import zeroconf
 
         # Whatever strangers send, zeroconf must not fill this host's journal with it.
         logging.getLogger("zeroconf").setLevel(logging.CRITICAL)
@@ -336,6 +336,12 @@ class Responder:
                 for record in cache.entries_with_name(f"{label}.local.")
             )
             self._sieve.take(Heard(label, txt, port, tuple(a for a in addresses if a)))
+
+
+def load() -> None:
+    """Import zeroconf, which takes some 10 ms; ahead of its use if there is a moment."""
+    with _no_search_for_libc():
+        import zeroconf  # noqa: F401
 
 
 @contextmanager

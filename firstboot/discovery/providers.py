@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from firstboot.discovery import mdns
 from firstboot.discovery.interface import Factory
-from firstboot.discovery.mdns import Mdns
 from firstboot.discovery.static import Static
 
 PROVIDERS: dict[str, Factory] = {
-    "mdns": Mdns,
+    "mdns": mdns.Mdns,
     "static": Static,
 }
+
+# What imports for a provider what takes long, so that it can be done while the disk is waited for.
+LOADS: dict[str, Callable[[], None]] = {"mdns": mdns.load}
