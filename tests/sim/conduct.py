@@ -58,10 +58,10 @@ class Conduct:
 
     # ------------------------------------------------------------ deciding
 
-    def heard(self, host: Host, event: events.Event) -> None:
+    def heard(self, host: Host, event: events.MessageReceived) -> None:
         """Who answered which ballot; a Hello tells of one more voter, or of a copy of the host."""
         core = host.core
-        if core is None or type(event) is not events.MessageReceived:
+        if core is None:
             return
         message = event.message
         if type(message) is messages.Promise or type(message) is messages.Accepted:

@@ -35,7 +35,7 @@ ballots until they meet: no promise either.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from firstboot.protocol import events, messages
 from firstboot.protocol.assembly import Assembly
@@ -59,16 +59,7 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 DESCRIBE_EVERY = 64  # events
-UNAUTHENTICATED = (events.PeerFound, events.StrangerSeen, events.ConnectFailed)
-
-
-class Before(NamedTuple):
-    """What a host held before an event; `idle` if the event alone may change nothing (I10)."""
-
-    round: Round | None
-    stored: Stored
-    voters: int
-    idle: bool
+UNAUTHENTICATED = frozenset({events.PeerFound, events.StrangerSeen, events.ConnectFailed})
 
 
 class Witness(Conduct):
@@ -169,34 +160,28 @@ class Witness(Conduct):
 
     # ------------------------------------------------------------ events
 
-    def before(self, host: Host, core: Assembly, event: events.Event) -> Before:
-        """What is held before the event; unauthenticated if nothing else is due (I10)."""
-        idle = isinstance(event, UNAUTHENTICATED) and host.alarm > host.world.now
-        return Before(core.round, core.stored, len(core.voters), idle)
-
-    def look(
+    def stood(
         self,
-        host: Host,
         core: Assembly,
-        event: events.Event,
-        before: Before,
+        before: tuple[Stored, Round | None, int],
         actions: list[events.Action],
     ) -> None:
-        """After every event: what it changed, what quorum a round got by with, what is decided."""
-        self.heard(host, event)
-        this = before.round
+        """I10: after an unauthenticated event, if nothing else was due."""
+        same = (core.stored, core.round, len(core.voters)) == before
+        self.must(same, "I10: a stranger changed what is stored or decided")
+        dials = all(type(a) is events.Connect for a in actions)
+        self.must(dials, "I10: a stranger made a host do more than dial")
+
+    def look(self, host: Host, core: Assembly, event: events.Event, this: Round | None) -> None:
+        """After every event: what quorum a round got by with, and what is held for decided."""
+        if type(event) is events.MessageReceived:
+            self.heard(host, event)
         if core.round is not this:
             if this is not None and self.wins(core, event, this):
                 self.smallest = min(self.smallest, len(this.accepted), len(this.promises))
                 self.won(host, this)
             if core.round is not None:
                 self.begun(host, core.round)
-        if before.idle:
-            same = core.stored is before.stored and core.round is this
-            same = same and len(core.voters) == before.voters
-            self.must(same, "I10: a stranger changed what is stored or decided")
-            dials = all(isinstance(a, events.Connect) for a in actions)
-            self.must(dials, "I10: a stranger made a host do more than dial")
         decided = core.stored.decided
         if decided is not host.known:
             host.known = decided

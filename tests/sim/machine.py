@@ -24,6 +24,7 @@ from firstboot.protocol.model import (
     Stored,
     Value,
 )
+from tests.sim.invariants import UNAUTHENTICATED
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -201,10 +202,13 @@ class Host:
         world.events += 1
         if world.trace is not None:
             world.trace(f"{now:10.4f} {self.index} {event}")
-        witness = world.witness
-        seen = witness.before(self, core, event)
+        this, before = core.round, None
+        if type(event) in UNAUTHENTICATED and self.alarm > now:
+            before = core.stored, this, len(core.voters)
         actions = core.receive(event, now)
-        witness.look(self, core, event, seen, actions)
+        if before is not None:
+            world.witness.stood(core, before, actions)
+        world.witness.look(self, core, event, this)
         for gap, action in enumerate(actions):
             if world.trace is not None:
                 world.trace(f"{'':10} {self.index}   -> {action}")

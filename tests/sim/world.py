@@ -405,7 +405,10 @@ class World:
 
     def all_running(self) -> bool:
         """Whether every host runs its role (or did, and left), or is out for good."""
-        if not settled(self, self._unsettled):  # most often the one it was before
+        waiting = self._unsettled  # most often the one it was before
+        if waiting.core is not None and waiting.core.plan is None and self.events & 15:
+            return False  # whether it is shut out is asked now and then only
+        if not settled(self, waiting):
             return False
         for host in self.hosts:
             if not settled(self, host):
