@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 from tests.sim.campaign import Report, campaign, narrated
+from tests.sim.minimise import minimised
+
+MINIMISED = 3  # failing seeds that are
 
 
 def main() -> int:
@@ -17,16 +20,28 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed: to go on, or share")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--report", type=Path, help="write the report there, as .txt and .json")
+    parser.add_argument("--boundaries", type=int, default=3, help="formations crashed everywhere")
+    parser.add_argument("--minimise", type=int, metavar="SEED", help="print its few needed faults")
+    parser.add_argument("--into", type=Path, default=Path("build/sim"), help="for the histories")
     parser.add_argument("--narrate", type=int, metavar="SEED", help="print one seed's events")
     options = parser.parse_args()
     if options.narrate is not None:
         print("\n".join(narrated(options.narrate)))
         return 0
+    if options.minimise is not None:
+        print("\n".join(minimised(options.minimise, options.into / f"seed-{options.minimise}")))
+        return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    report = campaign(options.first, options.seeds, options.jobs, _Teller(options.seeds).tell)
+    tell = _Teller(options.seeds).tell
+    report = campaign(options.first, options.seeds, options.jobs, tell, options.boundaries)
     print(report.text())
     if options.report is not None:
         report.write(options.report)
+    for seed in sorted(report.bad)[:MINIMISED]:
+        directory = options.into / f"seed-{seed}"
+        lines = minimised(seed, directory)
+        print(f"\nseed {seed}, minimised; replay {directory}/host-*.jsonl:")
+        print("\n".join(lines[: lines.index("") if "" in lines else None]))
     if report.failed:
         return 1
     return 0 if report.seeds == options.seeds else 130

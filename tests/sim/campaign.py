@@ -14,10 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from firstboot.protocol.assembly import Assembly
+from tests.sim.boundaries import crashed
 from tests.sim.world import Faults, World, play
 
 SIZES = (3, 3, 5, 2, 4, 1, 7)  # hosts of a run, by seed
@@ -51,14 +53,25 @@ class Report:
     formed: Counter[int] = field(default_factory=Counter)
     healed: Counter[int] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+    bad: list[int] = field(default_factory=list)  # seeds, of the first KEPT failures
 
     def add(self, other: Report) -> None:
         """Join another part of the campaign."""
-        for name in ("seeds", "events", "stuck", "splits", "told", "outside", "failed"):
+        for name in (
+            "seeds",
+            "events",
+            "stuck",
+            "splits",
+            "told",
+            "outside",
+            "boundaries",
+            "failed",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("faults", "checks", "formed", "healed"):
             getattr(self, name).update(getattr(other, name))
         self.failures += other.failures[: max(0, KEPT - len(self.failures))]
+        self.bad += other.bad[: max(0, KEPT - len(self.bad))]
 
     def saw(self, world: World) -> None:
         """Count a run that violated nothing."""
@@ -71,13 +84,19 @@ class Report:
             if after > 0:
                 self.healed[round(after / TICK)] += 1
 
-    def failure(self, seed: int, error: AssertionError) -> None:
+    def checked(self, world: World) -> None:
+        """Count what was injected and checked."""
+        for what, times in world.witness.checks.items():
+            self.checks[what.partition(":")[0]] += times
+        self.faults.update(world.counts)
+
+    def failure(self, run: str, error: AssertionError) -> None:
         """Count and keep a run that did."""
         self.failed += 1
         self.stuck += str(error).startswith("L1")
         self.splits += str(error).startswith(("I1", "I2"))
         if len(self.failures) < KEPT:
-            self.failures.append(f"seed {seed}:\n{traceback.format_exc(limit=-2)}")
+            self.failures.append(f"{run}:\n{traceback.format_exc(limit=-2)}")
 
     @property
     def rate(self) -> float:
@@ -182,25 +201,44 @@ def run_seeds(seeds: Iterable[int]) -> Report:
         try:
             play(world)
         except AssertionError as error:
-            report.failure(seed, error)
+            report.bad.append(seed)
+            report.failure(f"seed {seed}", error)
         else:
             report.saw(world)
-        for what, times in world.witness.checks.items():
-            report.checks[what.partition(":")[0]] += times
-        report.faults.update(world.counts)
+        report.checked(world)
     gc.collect()
     return report
 
 
-def campaign(first: int, count: int, jobs: int, tell: Callable[[Report], None]) -> Report:
+def run_boundaries(seed: int, every: int = 1) -> Report:
+    """Crash at every boundary of one kind formation, or at one of `every`."""
+    report = Report()
+    for world in crashed([seed], every):
+        report.boundaries += 1
+        try:
+            world.play()
+        except AssertionError as error:
+            report.failure(f"kind seed {seed}, crash {world.cut_at} {world.gap}", error)
+        report.checked(world)
+    return report
+
+
+def campaign(
+    first: int, count: int, jobs: int, tell: Callable[[Report], None], kind: int = 0
+) -> Report:
     """Run `count` seeds in `jobs` processes; `tell` hears of the progress.
 
-    On an interrupt it ends early, with a report of what was run.
+    Before, every boundary of `kind` formations is crashed at. On an interrupt it ends early, with
+    a report of what was run.
     """
     total, started = Report(first=first, jobs=jobs, version=version()), time.monotonic()
     end = first + count
-    chunks = (range(n, min(n + CHUNK, end)) for n in range(first, end, CHUNK))
-    parts = map(run_seeds, chunks) if jobs == 1 else _in_processes(chunks, jobs)
+    ranges = (range(n, min(n + CHUNK, end)) for n in range(first, end, CHUNK))
+    tasks = itertools.chain(
+        (partial(run_boundaries, seed) for seed in range(kind)),
+        (partial(run_seeds, seeds) for seeds in ranges),
+    )
+    parts = (task() for task in tasks) if jobs == 1 else _in_processes(tasks, jobs)
     try:
         for part in parts:
             total.add(part)
@@ -211,14 +249,14 @@ def campaign(first: int, count: int, jobs: int, tell: Callable[[Report], None]) 
     return total
 
 
-def _in_processes(chunks: Iterator[range], jobs: int) -> Iterator[Report]:
-    """A few chunks ahead of the processes, so that memory stays the same however many there are."""
+def _in_processes(tasks: Iterator[Callable[[], Report]], jobs: int) -> Iterator[Report]:
+    """A few tasks ahead of the processes, so that memory stays the same however many there are."""
     with ProcessPoolExecutor(jobs, initializer=_begin_process) as pool:
-        waiting = {pool.submit(run_seeds, c) for c in itertools.islice(chunks, 2 * jobs)}
+        waiting = {pool.submit(task) for task in itertools.islice(tasks, 2 * jobs)}
         try:
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                waiting |= {pool.submit(run_seeds, c) for c in itertools.islice(chunks, len(done))}
+                waiting |= {pool.submit(task) for task in itertools.islice(tasks, len(done))}
                 for future in done:
                     yield future.result()
         finally:

@@ -15,7 +15,7 @@ from heapq import heappop, heappush
 from math import log
 from typing import Any
 
-from firstboot.protocol import events, messages
+from firstboot.protocol import events
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.model import (
     Channel,
@@ -65,11 +65,11 @@ class World:
         self.seed = seed
         self.rng = random.Random(seed)
         self._luck = random.Random(seed + 0.5)  # of its own: a fault left out moves no delay
-        if config is None:
-            plain = ClusterConfig("demo", hosts, grace=30.0, agreed="x")
-            config = drawn_config(self.rng, hosts) if faults is None else plain
-        self.config = config
-        self.faults = faults or Faults.drawn(self.rng)
+        # Drawn even if not used: what is chosen instead of drawn moves nothing else.
+        drawn, strengths = drawn_config(self.rng, hosts), Faults.drawn(self.rng)
+        plain = ClusterConfig("demo", hosts, grace=30.0, agreed="x")
+        self.config = config or (plain if faults is not None else drawn)
+        self.faults = faults or strengths
         self.core = core
         self.now = 0.0
         self.ended = False  # all that can run did, before the bound
@@ -156,7 +156,7 @@ class World:
         self, me: Self, stored: Stored, issued: list[Issued], config: ClusterConfig
     ) -> Assembly:
         """The code under test."""
-        rng = random.Random(self.rng.random())
+        rng = random.Random(self.rng.getrandbits(48))
         start = Start(config, me, stored, tuple(issued), PAYLOAD, {}, rng, self.now)
         return self.core(start)
 
@@ -443,7 +443,7 @@ def simulate(seed: int, core: type[Assembly] = Assembly, **options: Any) -> Worl
 def play(world: World) -> None:
     """Carry out the run that was drawn for this world; raises on a violation."""
     world.schedule()
-    _settle(world)
+    settle(world)
     for host in world.joiners:
         _join_late(world, host)
     if world.rng.random() < ONCE_MORE and world.ended and world.witness.safe:
@@ -453,7 +453,8 @@ def play(world: World) -> None:
             must_change_nothing(world, world.rng.choice(calm))
 
 
-def _settle(world: World) -> None:
+def settle(world: World) -> None:
+    """Run until all that can run does, and check the outcome."""
     world.ended = world.run(world.bound - PATIENCE, world.all_running)
     if not world.ended and left_behind(world):  # else they cannot form, and say so
         world.ended = world.run(world.bound, world.all_running)
@@ -478,7 +479,7 @@ def _join_late(world: World, host: Host) -> None:
     world.peace()
     host.absent, host.born = False, world.now
     host.boot()
-    _settle(world)
+    settle(world)
 
 
-__all__ = ["PAYLOAD", "Disk", "Faults", "Host", "World", "digest", "messages", "play", "simulate"]
+__all__ = ["PAYLOAD", "Disk", "Faults", "Host", "World", "digest", "play", "settle", "simulate"]
