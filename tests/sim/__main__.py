@@ -62,7 +62,7 @@ class _Teller:
         left = (self.seeds - report.seeds) * report.elapsed / max(report.seeds, 1)
         line = (
             f"{report.seeds}/{self.seeds} seeds, {report.failed} bad,"
-            f" {report.rate * report.jobs:.0f}/s, {left / 60:.0f} min left"
+            f" {report.seeds / max(report.elapsed, 1e-3):.0f}/s, {left / 60:.0f} min left"
         )
         end = "\r" if terminal and report.seeds < self.seeds else "\n"
         print(f"{line:70}", end=end, file=sys.stderr, flush=True)
