@@ -7,8 +7,10 @@ outcome. An adapter's failure is an event too, never an exception.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
+from base64 import b64encode
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +19,19 @@ from firstboot.protocol import events, plan, status
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.errors import FirstbootError, LocalError, RemoteError
 from firstboot.protocol.messages import Certificate, Granted, from_plain, to_plain
-from firstboot.protocol.model import Channel, Issued, Profile, Role
+from firstboot.protocol.model import Channel, Issued, Member, Profile, Role
 from firstboot.transport import Transport
 
 if TYPE_CHECKING:  # what only a role with units needs is loaded when it does: 15 ms
     from firstboot import units
+    from firstboot.supply import Order, Supply
 
 HOST_KEY = "host.key"
 CERTIFICATES = "certificates.json"
 MAX_DETAIL = 1000  # characters of a failed step's last log lines
 RELEASED = 1_795_000_000.0  # November 2026
 TARGET = "firstboot.target"
+CREDENTIAL = re.compile(r"@\{(?P<how>base64:)?(?P<name>[a-z0-9.-]{1,64})\}")
 DROP_IN = f"etc/systemd/system/{TARGET}.d/10-role.conf"
 
 
@@ -44,7 +48,9 @@ class Carrier:
         self.root, self.directory, self.transport, self.core = root, directory, transport, core
         self._systemd: units.Systemd | None = None
         self._cancelled = threading.Event()
-        self._replaced: set[str] = set()  # units whose container changed under them
+        self._replaced: set[str] = set()  # units whose container or file changed under them
+        self._supply: Supply | None = None
+        self._blocks = threading.Lock()  # the founding master's change while its steps run
         self.expiries: list[dict[str, Any]] = []
 
     # ------------------------------------------------------------ disk and keys
@@ -193,11 +199,86 @@ class Carrier:
             raise LocalError("the certificates on this host cannot be read") from None
         return granted
 
+    # ------------------------------------------------------------ the payload's certificates
+
+    def on_supply(self, action: events.Action) -> events.Event:
+        """Requests to the payload's signers, and their answer."""
+        match action:
+            case events.SignRequests():
+                return self._sign_requests(action)
+            case events.StoreSupplies():
+                return self._store_supplies(action)
+        raise TypeError(f"no adapter carries out {type(action).__name__}")
+
+    def _sign_requests(self, action: events.SignRequests) -> events.Event:
+        member = action.member
+        try:
+            answer = self.directory.answer(action.epoch, member.node_id)
+            if answer is None:
+                raise LocalError(f"{member.name} has no certificate of this cluster")
+            supplies = self.supply.issue(
+                self._order(member),
+                action.requests,
+                answer[1][0].der,
+                action.places,
+                action.epoch,
+                _sane_now(),
+            )
+            if self.supply.place(action.places, self._fingerprint):
+                for step in self.core.plan or ():
+                    if isinstance(step, plan.WriteBlock):
+                        self._write_block(step)
+        except FirstbootError as error:
+            return events.RequestsRefused(member.node_id, action.epoch, str(error)[:MAX_DETAIL])
+        return events.RequestsSigned(member.node_id, supplies)
+
+    def _store_supplies(self, action: events.StoreSupplies) -> events.Event:
+        try:
+            member = self.core.stored.enrolled
+            assert member is not None  # it has applied
+            key = self.directory.get(HOST_KEY) or b""
+            self.supply.store(self._order(member), action.supplies, key)
+        except FirstbootError as error:
+            reason = f"Could not take what the master sent: {error}"
+            return events.StepFailed(action.index, reason[:MAX_DETAIL])
+        return events.StepDone(action.index)
+
+    def _order(self, member: Member) -> Order:
+        """What a member gets, from the same rows on it and on its master."""
+        from firstboot.supply import Order
+
+        core, value = self.core, self.core.decided
+        assert value is not None
+        leaves = plan.make_leaves(core.payload, value, member, core.config.cluster, core.options)
+        return Order(
+            core.payload,
+            value.fingerprint,
+            member,
+            leaves,
+            master=value.role_of(member.node_id) is Role.MASTER,
+            founder=value.founder.node_id == member.node_id,
+        )
+
+    @property
+    def supply(self) -> Supply:
+        """The payload's own certificates on this host."""
+        if self._supply is None:
+            from firstboot.supply import Supply
+
+            self._supply = Supply(self.root, self.directory)
+        return self._supply
+
+    @property
+    def _fingerprint(self) -> str:
+        return self.core.decided.fingerprint if self.core.decided else ""
+
     # ------------------------------------------------------------ the role
 
     def run_step(self, action: events.RunStep) -> events.Event:
         """Make one step of the plan true."""
         try:
+            if isinstance(action.step, plan.GetCertificates):
+                return self._get_certificates(action.index)
             self._run(action.step)
         except FirstbootError as error:
             detail = str(getattr(error, "detail", ""))[-MAX_DETAIL:]
@@ -207,10 +288,28 @@ class Carrier:
             )
         return events.StepDone(action.index)
 
+    def _get_certificates(self, index: int) -> events.Event:
+        member = self.core.stored.enrolled
+        assert member is not None  # the core starts no role before
+        order = self._order(member)
+        if self.supply.has(order):
+            return events.StepDone(index)
+        return events.RequestsMade(index, self.supply.requests(order))
+
     def _run(self, step: plan.Step) -> None:
         match step:
+            case plan.MakeDirectory():
+                host.use_directory(self.root / step.path[1:], step.mode)
             case plan.WriteFile():
-                self._write(step.path[1:], self._content(step), step.mode)
+                self._write_file(step)
+            case plan.WriteBlock():
+                self._write_block(step)
+            case plan.MakeLink():
+                host.make_link(self.root / step.path[1:], step.target)
+            case plan.SetKernel():
+                self._set_kernel(step)
+            case plan.UseResolver():
+                self._use_resolver(step)
             case plan.InstallContainer():
                 from firstboot import containers
 
@@ -219,10 +318,7 @@ class Carrier:
                     self._replaced.add(done.container.unit)
                 self.systemd.reload()  # always: a crash may have come between install and this
             case plan.StartUnit():
-                self.systemd.enable(step.unit)
-                restart = step.unit in self._replaced
-                self.systemd.start(step.unit, deadline=120.0, restart=restart)
-                self._replaced.discard(step.unit)
+                self._start_unit(step)
             case plan.Probe():
                 from firstboot import health
 
@@ -236,6 +332,46 @@ class Carrier:
         if self._systemd is not None:
             self._systemd.cancel()
 
+    def _start_unit(self, step: plan.StartUnit) -> None:
+        if step.ports and self.systemd.state(step.unit).active in ("inactive", "failed"):
+            for at in step.ports:
+                address, _, port = at.rpartition(":")
+                owner = host.taken(address.strip("[]"), int(port))
+                if owner:
+                    raise LocalError(f"port {port} is taken by {owner}")
+        self.systemd.enable(step.unit)
+        restart = step.unit in self._replaced
+        self.systemd.start(step.unit, deadline=step.deadline, restart=restart)
+        self._replaced.discard(step.unit)
+
+    def _write_file(self, step: plan.WriteFile) -> None:
+        where = self.root / step.path[1:]
+        if step.keep and (where.exists() or where.is_symlink()):
+            return
+        content = self._content(step)
+        if step.restarts and not (where.exists() and where.read_bytes() == content):
+            self._replaced.add(step.restarts)
+        self._write(step.path[1:], content, step.mode)
+
+    def _write_block(self, step: plan.WriteBlock) -> None:
+        with self._blocks:
+            host.write_block(self.root / step.path[1:], self._filled(step.content).decode())
+
+    def _set_kernel(self, step: plan.SetKernel) -> None:
+        path = self.root / "proc/sys" / step.key.replace(".", "/")
+        if self.root != Path("/"):
+            return  # a tree under test, or an image being made: not this kernel's business
+        try:
+            if path.read_text().strip() != step.value:
+                path.write_text(step.value)
+        except OSError as error:
+            raise LocalError(f"{path}: {error.strerror}") from None
+
+    def _use_resolver(self, step: plan.UseResolver) -> None:
+        saved, servers = self.root / step.saved[1:], self.root / step.servers[1:]
+        if host.use_resolver(self.root, step.address, step.search, saved, servers):
+            self._replaced.add(step.restarts)
+
     def _write(self, path: str, content: bytes, mode: int) -> None:
         where = self.root / path
         try:
@@ -245,11 +381,25 @@ class Carrier:
         host.write_durably(where, content, mode)
 
     def _content(self, step: plan.WriteFile) -> bytes:
-        if not step.credential:
-            return step.content.encode()
+        return self._credential(step.credential) if step.credential else self._filled(step.content)
+
+    def _filled(self, text: str) -> bytes:
+        """A step's content with this host's credentials in it."""
+
+        def put_in(found: re.Match[str]) -> str:
+            secret = self._credential(found["name"])
+            return (b64encode(secret) if found["how"] else secret).decode()
+
+        return CREDENTIAL.sub(put_in, text).encode()
+
+    def _credential(self, name: str) -> bytes:
+        if self.core.payload.signers:
+            own = self.supply.credential(name, self._fingerprint)
+            if own is not None:
+                return own
         granted, key = self._granted(), self.directory.get(HOST_KEY)
         assert granted is not None and key is not None  # the core starts no role without them
-        return pki.credential(step.credential, granted.certificates, granted.authority, key)
+        return pki.credential(name, granted.certificates, granted.authority, key)
 
     @property
     def systemd(self) -> units.Systemd:

@@ -56,6 +56,7 @@ class Service:
         self.providers: list[Provider] = []
         self._disk = ThreadPoolExecutor(1, "disk")
         self._work = ThreadPoolExecutor(1, "work")
+        self._signers = ThreadPoolExecutor(1, "signers")  # one: no serial number is given twice
         self._persisting = False
         self._persist_next: events.Persist | None = None
         self._announcing: dict[str, asyncio.Task[None]] = {}
@@ -230,6 +231,7 @@ class Service:
         if self._started:
             self.carrier.cancel()  # else Python would wait for a unit's deadline at exit
         self._disk.shutdown(wait=True)
+        self._signers.shutdown(wait=True, cancel_futures=True)
         self._work.shutdown(wait=not self._stopped, cancel_futures=True)
         self._history.close()
 
@@ -288,6 +290,8 @@ class Service:
                 self._persist(action)
             case events.RunStep():
                 self._in_thread(self._work, lambda: self.carrier.run_step(action))
+            case events.SignRequests() | events.StoreSupplies():
+                self._in_thread(self._signers, lambda: self.carrier.on_supply(action))
             case _:
                 self._in_thread(self._disk, lambda: self.carrier.on_disk(action))
 

@@ -141,6 +141,15 @@ class Supply:
             found = held["key"].get(stem.removesuffix(".private"))
         return found.encode() if found else None
 
+    def place(self, places: Sequence[Place], fingerprint: str) -> bool:
+        """Know these members, if this host has its certificates; whether that changed anything."""
+        held = self._load(HELD, fingerprint)
+        listed = [[place.name, place.host] for place in places]
+        if held is None or held["places"] == listed:
+            return False
+        self._save(HELD, fingerprint, {**held, "places": listed})
+        return True
+
     # ------------------------------------------------------------ on the founding master
 
     def issue(

@@ -31,6 +31,7 @@ PROTOCOL = (
     "situation",
     "voter",
     "membership",
+    "supplying",
     "assembly",
     "status",
     "history",

@@ -7,7 +7,9 @@ process runs in.
 from firstboot.host.address import Address, Interface, Network, choose, survey, wait_for_address
 from firstboot.host.durable import StorageFailed, make_directory, remove_durably, write_durably
 from firstboot.host.facts import Facts, facts, node_name
+from firstboot.host.files import make_link, make_parent, use_directory, use_resolver, write_block
 from firstboot.host.machine import Machine, look
+from firstboot.host.ports import taken
 from firstboot.host.state import LostState, StateDirectory
 from firstboot.host.status import read_status, write_status
 
@@ -24,11 +26,17 @@ __all__ = [
     "facts",
     "look",
     "make_directory",
+    "make_link",
+    "make_parent",
     "node_name",
     "read_status",
     "remove_durably",
     "survey",
+    "taken",
+    "use_directory",
+    "use_resolver",
     "wait_for_address",
+    "write_block",
     "write_durably",
     "write_status",
 ]

@@ -24,16 +24,17 @@ from typing import Any
 
 from firstboot.protocol import events, messages
 from firstboot.protocol.enrolment import full
-from firstboot.protocol.membership import LEAVE_ANYWAY, Membership
+from firstboot.protocol.membership import LEAVE_ANYWAY
 from firstboot.protocol.model import NEVER, Channel, soonest
 from firstboot.protocol.peers import Peer
 from firstboot.protocol.plan import make_plan
 from firstboot.protocol.situation import Start
+from firstboot.protocol.supplying import Supplying
 
 STEP_RETRY = (2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before a failed step is tried again
 
 
-class Assembly(Membership):
+class Assembly(Supplying):
     """One host. All attributes are for reading; only `receive` changes them."""
 
     def __init__(self, start: Start) -> None:
@@ -76,6 +77,7 @@ class Assembly(Membership):
             self.book.due_at if self.open else NEVER,
             self._decision_at(),
             self._membership_at(),
+            self._apply_at,
         )
 
     def _on_connected(self, event: events.Connected) -> None:
@@ -117,6 +119,11 @@ class Assembly(Membership):
             elif isinstance(message, messages.Activated | messages.Confirmed | messages.Noted):
                 if event.channel is Channel.CLUSTER:
                     self._on_cluster_message(peer, message)
+            elif isinstance(message, messages.Apply | messages.Supplies):
+                if event.channel is Channel.CLUSTER and self.may_start and self.enrolled:
+                    self._on_supply_message(event.node_id, message)
+            elif isinstance(message, messages.Denied):
+                self._on_denied(event.node_id, message)
             elif peer.hello is not None and not peer.mismatch:
                 self._on_formation_message(event.node_id, message)
 
@@ -167,9 +174,11 @@ class Assembly(Membership):
                 self._on_enrol(sender, message)
             case messages.Granted():
                 self._on_granted(sender, message)
-            case messages.Denied():
-                if self.decided and message.epoch == self.decided.epoch:
-                    self.denied = message.reason
+
+    def _on_denied(self, sender: str, message: messages.Denied) -> None:
+        value = self.decided
+        if value and message.epoch == value.epoch and sender == value.founder.node_id:
+            self.denied = message.reason
 
     def _run_plan(self) -> None:
         value, member = self.decided, self.stored.enrolled
@@ -261,6 +270,8 @@ class Assembly(Membership):
             elif not self.noted:
                 self._keep_cluster_channel()
         if self.may_start:
+            if now >= self._apply_at:
+                self._apply()
             self._run_plan()
             self._wind_up()
 
@@ -281,6 +292,9 @@ _HANDLERS: dict[type[events.Event], Callable[[Any, Any], None]] = {
     events.SignFailed: Assembly._on_sign_failed,
     events.CertificatesStored: Assembly._on_certificates,
     events.CertificatesRejected: Assembly._on_certificates_rejected,
+    events.RequestsMade: Assembly._on_requests_made,
+    events.RequestsSigned: Assembly._on_requests_signed,
+    events.RequestsRefused: Assembly._on_requests_refused,
     events.StepDone: Assembly._on_step_done,
     events.StepFailed: Assembly._on_step_failed,
     events.DeadlineReached: lambda _self, _event: None,

@@ -5,7 +5,7 @@ No key and no token ever travels in either, so a host's history can be kept and 
 
 from __future__ import annotations
 
-from firstboot.protocol.messages import Certificate, Message
+from firstboot.protocol.messages import Certificate, Item, Message, Place, Supplies
 from firstboot.protocol.model import Channel, Endpoint, Member, Profile, Stored
 from firstboot.protocol.plan import Step
 from firstboot.protocol.record import dataclass
@@ -148,6 +148,31 @@ class CertificatesRejected:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestsMade:
+    """The keys for that step's certificates are on disk; these are the requests (DER)."""
+
+    index: int
+    requests: tuple[Item, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestsSigned:
+    """A member's requests were signed by the payload's signers."""
+
+    node_id: str
+    supplies: Supplies
+
+
+@dataclass(frozen=True, slots=True)
+class RequestsRefused:
+    """A member's requests were not signed; `reason` says what was wrong with which."""
+
+    node_id: str
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class StepDone:
     """That step of the plan holds."""
 
@@ -184,6 +209,9 @@ Event = (
     | SignFailed
     | CertificatesStored
     | CertificatesRejected
+    | RequestsMade
+    | RequestsSigned
+    | RequestsRefused
     | StepDone
     | StepFailed
     | DeadlineReached
@@ -279,10 +307,31 @@ class StoreCertificates:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Make that step of the plan true; doing it again must be harmless."""
+    """Make that step of the plan true; doing it again must be harmless.
+
+    `GetCertificates` answers with RequestsMade unless its certificates are on disk already.
+    """
 
     index: int
     step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class SignRequests:
+    """Sign a member's requests with the payload's signers, and tell it who is a member."""
+
+    member: Member
+    epoch: int
+    requests: tuple[Item, ...]
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSupplies:
+    """Check these certificates and keys and write them durably: then that step is done."""
+
+    index: int
+    supplies: Supplies
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +356,8 @@ Action = (
     | Sign
     | StoreCertificates
     | RunStep
+    | SignRequests
+    | StoreSupplies
     | Close
     | Finish
 )

@@ -57,6 +57,11 @@ class Membership(Voter):
             end = self._active_since + self.config.join_window
         return soonest(self.now, self._tell_at, self._confirm_at, enrol, dial, leave, end)
 
+    @property
+    def supplied(self) -> bool:
+        """Whether this host has all it needs from its master, see `supplying`."""
+        return True
+
     def _make_request(self) -> None:
         self._request_asked = True
         self._actions.append(events.MakeRequest())
@@ -167,7 +172,7 @@ class Membership(Voter):
             return
         peer = self.peers.get(value.founder.node_id)
         if peer is not None and Channel.CLUSTER in peer.channels:
-            if self.may_start and self.now >= self._tell_at:
+            if self.may_start and self.supplied and self.now >= self._tell_at:
                 self._tell_at = self.now + RESEND
                 self._send(peer.node_id, messages.Confirmed(value.epoch), Channel.CLUSTER)
         elif self.now >= self._cluster_dial_at:

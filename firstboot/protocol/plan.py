@@ -87,13 +87,14 @@ class UseResolver:
     """The host's /etc/resolv.conf names `address`, where a name server will listen.
 
     What it named before is kept in `saved`, as a resolv.conf(5), and in `servers`, as lines of
-    dnsmasq(8).
+    dnsmasq(8); `restarts` as in `WriteFile`.
     """
 
     address: str
     search: str
     saved: str
     servers: str
+    restarts: str = ""
     when: str = "true"
 
 

@@ -126,6 +126,7 @@ def _etcd_files() -> Iterator[Step]:
     yield WriteFile(f"{ETCD_DIRECTORY}/etcd.conf", _file("etcd.conf"), mode=_SECRET)
     yield WriteFile("/etc/tmpfiles.d/etcd-dir.conf", "d /var/lib/etcd/ 0700 root root - -\n")
     founder = "${founder_here}"
+    yield MakeDirectory(ETCD_CA_DIRECTORY, _MASTERS_ONLY, when=founder)
     for name in ("certs", "crl", "fragments"):
         yield MakeDirectory(f"{ETCD_CA_DIRECTORY}/{name}", 0o700, when=founder)
     for half in ("crt", "key"):
@@ -169,6 +170,7 @@ def _host() -> Iterator[Step]:
         search="cluster.local",
         saved=f"{NODE_DIRECTORY}/resolv.conf",
         servers="/etc/dnsmasq.d/origin-upstream-dns.conf",
+        restarts="dnsmasq.service",
     )
     yield WriteFile(
         "/etc/sysconfig/docker-network",
