@@ -111,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--format", choices=("text", "json"), default="text")
     validate = add("validate", _validate, "check a configuration, on any machine")
     validate.add_argument("file", metavar="FILE", help="a document, a cloud-config or an Ignition")
+    plan = add("plan", _plan, "print what a host would get, without touching it")
+    plan.add_argument("file", metavar="FILE", help="a document, a cloud-config or an Ignition")
+    plan.add_argument("--role", choices=("master", "node"), default="master")
+    plan.add_argument("--format", choices=("text", "yaml", "json"), default="text")
+    plan.add_argument("--name", default="host-1", help="the host's name (host-1)")
+    plan.add_argument("--address", default="192.0.2.11", help="its IP address (192.0.2.11)")
     add("token", _token, "make a token for a new document")
     admit = add("admit", _admit, "on the master: let late hosts in, by a one-time token")
     admit.add_argument("--hosts", type=_count, default=1, help="how many (1)")
@@ -201,6 +207,19 @@ def _validate(options: argparse.Namespace) -> int:
         f"{options.file}: valid: cluster {config.cluster}, expect {config.expect},"
         f" masters {config.masters}, payload {config.payload}"
     )
+    return OK
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from firstboot import preview, userdata
+    from firstboot.protocol.model import Role
+
+    data = userdata.read_file(Path(options.file), options.file)
+    if data is None:
+        raise UserError("there is no such file", where=options.file, code=USAGE)
+    document = userdata.parse(data, options.file)
+    shown = preview.preview(document, Role(options.role), options.name, options.address)
+    print(preview.text(shown, options.format))
     return OK
 
 

@@ -14,6 +14,7 @@ from firstboot.protocol.plan import Probe
 
 TRY_SECONDS = 5.0  # for each of: connecting, the handshake, every part of the answer
 FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between tries, doubling
+MAX_ANSWER = 1024 * 1024  # bytes of an answer that is looked through
 MAX_BODY = 200  # characters of an error page, for the reason
 # Reasons of OpenSSL that a person would not understand, or would take for something else.
 _TLS_WORDS = {
@@ -30,15 +31,18 @@ class ProbeFailed(LocalError):
 
 
 def probe(step: Probe, root: Path, seconds: float = TRY_SECONDS) -> None:
-    """Ask once; ProbeFailed unless the answer is 200. Follows no redirect, knows no proxy.
+    """Ask once; ProbeFailed unless the answer is 200 and holds what it must.
 
-    `seconds` is the limit for each wait on the network. The paths in `step` are under `root`.
+    Follows no redirect, knows no proxy. `seconds` is the limit for each wait on the network. The
+    paths in `step` are under `root`.
     """
     connection, target = _connection(step, root, seconds)
     try:
         connection.request("GET", target, headers={"Connection": "close"})
         with connection.getresponse() as response:
-            body = _printable(response.read(4 * MAX_BODY).decode(errors="replace"))
+            raw = response.read(MAX_ANSWER if step.contains else 4 * MAX_BODY)
+            text = raw.decode(errors="replace")
+            body = _printable(text[: 4 * MAX_BODY])
     except ssl.SSLCertVerificationError as error:
         reason = f"its certificate is not accepted: {error.verify_message}"
         raise ProbeFailed(reason) from None
@@ -57,6 +61,8 @@ def probe(step: Probe, root: Path, seconds: float = TRY_SECONDS) -> None:
         connection.close()
     if response.status != http.client.OK:
         raise ProbeFailed(f"HTTP {response.status}: {body}" if body else f"HTTP {response.status}")
+    if step.contains not in text:
+        raise ProbeFailed(step.lacks or f"its answer lacks {step.contains}")
 
 
 def wait(step: Probe, root: Path, cancelled: threading.Event | None = None) -> None:

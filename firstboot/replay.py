@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterable, Iterator
 
@@ -49,7 +50,7 @@ def _core(opening: history.Opening) -> Assembly:
             stored=opening.stored,
             issued=opening.issued,
             payload=PAYLOADS[config.payload],
-            options=OPTIONS[config.payload],
+            options=json.loads(opening.options) if opening.options else OPTIONS[config.payload],
             rng=random.Random(opening.seed),  # noqa: S311  the recorded run's own numbers
             now=opening.now,
         )

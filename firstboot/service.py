@@ -26,7 +26,7 @@ from firstboot.discovery.interface import Context, Provider
 from firstboot.discovery.providers import LOADS, PROVIDERS
 from firstboot.journal import WARNING, Journal
 from firstboot.late import late_patterns
-from firstboot.payloads.rows import PAYLOADS
+from firstboot.payloads.rows import OPTIONS, PAYLOADS
 from firstboot.protocol import events, history
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.errors import FirstbootError, UserError
@@ -56,6 +56,7 @@ class Service:
         self.providers: list[Provider] = []
         self._disk = ThreadPoolExecutor(1, "disk")
         self._work = ThreadPoolExecutor(1, "work")
+        self.options: dict[str, str] = {}
         self._signers = ThreadPoolExecutor(1, "signers")  # one: no serial number is given twice
         self._persisting = False
         self._persist_next: events.Persist | None = None
@@ -113,6 +114,7 @@ class Service:
                 LOADS[spec.name]()  # meanwhile the disk works
         key, known, voter = await memory
         endpoint = facts.endpoint or Endpoint("127.0.0.1", facts.port)
+        self.options = self.document.options_for(facts.matches)
         me = self._me(facts, pki.node_id(key), endpoint, voter=voter)
         self._make_core(me, known)
         self.carrier = Carrier(self.root, self.directory, self.transport, self.core)
@@ -182,7 +184,10 @@ class Service:
         issued = self.directory.issued()
         config = self.document.config
         offset = time.time() - time.monotonic()
-        opening = history.Opening(config, me, stored, issued, seed, now, offset)
+        options = {**OPTIONS[config.payload], **self.options}
+        opening = history.Opening(
+            config, me, stored, issued, seed, now, offset, json.dumps(options).encode()
+        )
         self._history.line(history.opening_line(opening))
         self.core = Assembly(
             Start(
@@ -191,7 +196,7 @@ class Service:
                 stored=stored,
                 issued=issued,
                 payload=PAYLOADS[config.payload],
-                options=self.document.options,
+                options=options,
                 rng=random.Random(seed),  # noqa: S311  back-off only, and replay needs the seed
                 now=now,
             )

@@ -26,7 +26,6 @@ from firstboot.protocol.plan import Payload
 
 MAX_ANSWERS = 16  # times a member may ask with new keys
 MAX_SERIAL_FILE = 256
-SERIAL_MODE = 0o644
 KEYS, HELD, AUTHORITY, SERIALS = (
     f"payload/{name}.json" for name in ("keys", "held", "authority", "serials")
 )
@@ -238,7 +237,7 @@ class Supply:
                 )
             if signer.index_file:
                 lines = "".join(ca.index_line(signed[row.name]) for row in mine)
-                self._append(signer.index_file, lines)
+                self._append(signer, lines)
         return signed
 
     def _authority(self, order: Order, now: float) -> dict[str, Any]:
@@ -273,7 +272,7 @@ class Supply:
         """A new authority counts anew; what an earlier one left would mislead."""
         for path in (signer.serial_file, signer.index_file):
             if path:
-                self._write(path, b"")
+                self._write(signer, path, b"")
 
     def _next_serials(self, signer: Signer, count: int, fingerprint: str) -> int:
         """The first of `count` numbers, all of them taken, durably, before any is used.
@@ -286,7 +285,7 @@ class Supply:
         self._save(SERIALS, fingerprint, {"last": saved["last"]})
         if signer.serial_file:
             shown = last + count + signer.openssl
-            self._write(signer.serial_file, f"{ca.hex_serial(shown)}\n".encode())
+            self._write(signer, signer.serial_file, f"{ca.hex_serial(shown)}\n".encode())
         return int(last) + 1
 
     def _read_serial(self, signer: Signer) -> int:
@@ -307,18 +306,15 @@ class Supply:
             raise LocalError(f"{path} holds no serial number; put back the one it held")
         return int(text, 16) - signer.openssl
 
-    def _write(self, path: str, content: bytes) -> None:
+    def _write(self, signer: Signer, path: str, content: bytes) -> None:
         where = self.root / path[1:]
-        try:
-            where.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LocalError(f"cannot make {where.parent}: {error.strerror}") from None
-        host.write_durably(where, content, SERIAL_MODE)
+        host.make_parent(where)
+        host.write_durably(where, content, 0o600 if signer.openssl else 0o644)
 
-    def _append(self, path: str, lines: str) -> None:
-        where = self.root / path[1:]
+    def _append(self, signer: Signer, lines: str) -> None:
+        where = self.root / signer.index_file[1:]
         before = where.read_bytes() if where.exists() else b""
-        self._write(path, before + lines.encode())
+        self._write(signer, signer.index_file, before + lines.encode())
 
     # ------------------------------------------------------------ on disk
 

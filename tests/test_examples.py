@@ -41,7 +41,8 @@ def tables() -> str:
     """The reference: every key, and the keys of a match."""
     head = "| Key | Must be | Default | Meaning |\n|---|---|---|---|\n"
     match = schema()["definitions"]["match"]
-    between = f"\nA match, as in `election.prefer` and `election.never`. {match['description']}"
+    used = "`election.prefer`, `election.never` and `origin.node_labels`"
+    between = f"\nA match, as in {used}. {match['description']}"
     return head + "".join(rows(schema())) + between + "\n\n" + head + "".join(rows(match))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from firstboot.host.address import Address, Network, choose, survey
-from firstboot.host.machine import Machine, look, read_fact
+from firstboot.host.machine import Machine, firmware, look, read_fact
 from firstboot.protocol.errors import LocalError
 from firstboot.protocol.model import LABEL, Endpoint
 from firstboot.protocol.record import dataclass
@@ -23,6 +24,7 @@ class Facts:
     network: Network
     address: Address | None
     port: int
+    dmi: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def endpoint(self) -> Endpoint | None:
@@ -38,7 +40,8 @@ class Facts:
         """Whether every key of a match in `election.prefer` or `election.never` fits this host.
 
         Keys: ``launch_index``, ``mac``, ``hostname`` (whole or its first label), ``address`` (an
-        IP address or a network) and ``machine_id``. A fact that is not known fits nothing.
+        IP address or a network), ``dmi`` (a mapping of facts) and ``machine_id``. A fact that is
+        not known fits nothing.
         """
         return bool(wanted) and all(self._fits(key, value) for key, value in wanted.items())
 
@@ -47,6 +50,8 @@ class Facts:
             return self.machine.launch_index is not None and self.machine.launch_index == value
         if key == "machine_id":
             return bool(self.machine.machine_id) and self.machine.machine_id == value
+        if key == "dmi":
+            return all(self.dmi.get(k, "").lower() == v.lower() for k, v in value.items())
         if key == "mac":
             return str(value).lower() in self.macs
         if key == "hostname":
@@ -67,6 +72,7 @@ def facts(root: Path, interface: str = "", cidr: str = "", port: int = 7443) -> 
         network=network,
         address=choose(network, interface, cidr),
         port=port,
+        dmi=firmware(root),
     )
 
 

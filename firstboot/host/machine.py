@@ -12,6 +12,7 @@ from firstboot.protocol.record import dataclass
 MAX_FACT = 4096
 MAX_INSTANCE_DATA = 4 * 1024 * 1024
 _MACHINE_ID = re.compile(r"[0-9a-f]{32}\Z")
+DMI = ("product_serial", "product_uuid", "product_name", "sys_vendor", "chassis_asset_tag")
 _LAUNCH_INDEX_KEYS = ("launch_index", "ami_launch_index")
 
 
@@ -51,6 +52,12 @@ def read_fact(path: Path) -> str:
     except OSError:
         return ""
     return lines[0].strip() if lines else ""
+
+
+def firmware(root: Path) -> dict[str, str]:
+    """What the firmware says of the machine, by the names below /sys/class/dmi/id."""
+    found = {name: read_fact(root / "sys/class/dmi/id" / name)[:256] for name in DMI}
+    return {name: text for name, text in found.items() if text}
 
 
 def _dmi_uuid(root: Path) -> str:

@@ -21,7 +21,10 @@ RUN = '{"run": '  # no text within a line can look like this: JSON escapes its q
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """What one run of the core was made from; `seed` is that of its random numbers."""
+    """What one run of the core was made from; `seed` is that of its random numbers.
+
+    `options` are the payload's variables, as JSON; empty: its defaults.
+    """
 
     config: ClusterConfig
     me: Self
@@ -30,6 +33,7 @@ class Opening:
     seed: int
     now: float
     wall_offset: float
+    options: bytes = b""
 
 
 def opening_line(opening: Opening) -> str:

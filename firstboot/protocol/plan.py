@@ -129,7 +129,7 @@ class Probe:
     """A health gate: GET `url` until it answers 200, for at most `deadline` seconds.
 
     `authority`, `certificate` and `key` are paths on the host, for https. With `contains`, the
-    answer must hold that text.
+    answer must hold that text; `lacks` says in words what it means if not.
     """
 
     url: str
@@ -138,6 +138,7 @@ class Probe:
     key: str = ""
     deadline: float = 60.0
     contains: str = ""
+    lacks: str = ""
     when: str = "true"
 
 

@@ -13,6 +13,7 @@ Importing this loads neither yaml nor fastjsonschema; the first use does.
 from firstboot.userdata.carried import parse
 from firstboot.userdata.document import Document, ProviderSpec, seconds
 from firstboot.userdata.places import JOIN, explain, find, read_file
+from firstboot.userdata.reading import dump
 from firstboot.userdata.token import ONE_TIME, Secret, check_token, is_one_time, make_token
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ProviderSpec",
     "Secret",
     "check_token",
+    "dump",
     "explain",
     "find",
     "is_one_time",

@@ -6,14 +6,15 @@ import hashlib
 import ipaddress
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from firstboot.protocol.errors import UserError
 from firstboot.protocol.model import ClusterConfig, Endpoint
 from firstboot.protocol.record import dataclass
+from firstboot.userdata.origin import check_origin
 from firstboot.userdata.reading import Place, Said, merged, texts
-from firstboot.userdata.rules import check, dotted, filled, rule_for, wrong
+from firstboot.userdata.rules import check, check_network, filled, rule_for, wrong
 from firstboot.userdata.token import HIDDEN, REMEDY, TOKEN, Secret, check_token, is_one_time
 
 UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -34,7 +35,8 @@ class Document:
 
     `interface` and `cidr` are "" where not given. `prefer` and `never` hold match mappings: all
     keys of one must fit a host. `options` are the payload's own, as variables for its texts.
-    `sources` are the files read, lowest precedence first.
+    `labels` are matches and what a host that fits is to be labelled with. `sources` are the files
+    read, lowest precedence first.
     """
 
     config: ClusterConfig
@@ -46,6 +48,7 @@ class Document:
     prefer: tuple[Mapping[str, Any], ...]
     never: tuple[Mapping[str, Any], ...]
     options: Mapping[str, str]
+    labels: tuple[tuple[Mapping[str, Any], Mapping[str, str]], ...]
     sources: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
@@ -59,6 +62,14 @@ class Document:
     def late(self) -> bool:
         """Whether the token is a one-time token: the cluster exists, and this host joins it."""
         return is_one_time(self.token.reveal())
+
+    def options_for(self, fits: Callable[[Mapping[str, Any]], bool]) -> dict[str, str]:
+        """The payload's variables on one host, of which `fits` tells whether a match does."""
+        labels: dict[str, str] = {}
+        for match, wanted in self.labels:
+            labels |= wanted if fits(match) else {}
+        shown = {f"{self.config.payload}_labels": json.dumps(labels)} if self.labels else {}
+        return {**self.options, **shown}
 
 
 def make(layers: Sequence[Said], sources: Sequence[str], warnings: Sequence[str]) -> Document:
@@ -84,8 +95,12 @@ def make(layers: Sequence[Said], sources: Sequence[str], warnings: Sequence[str]
         raise said.error(("masters",), message, "launch more hosts or choose fewer masters")
     network, election, payload = full["network"], full["election"], full["payload"]
     if network["cidr"]:
-        _check_network(said, ("network", "cidr"), network["cidr"], prefix=True)
-    options = {f"{payload}_{key}": str(item) for key, item in full.get(payload, {}).items()}
+        check_network(said, ("network", "cidr"), network["cidr"], prefix=True)
+    own = full.get(payload, {})
+    if payload == "origin":
+        check_origin(said, own)
+    options = _variables((payload,), own)
+    labels = own.get("node_labels", [])
     return Document(
         config=_config(full, options),
         token=Secret(token),
@@ -93,9 +108,16 @@ def make(layers: Sequence[Said], sources: Sequence[str], warnings: Sequence[str]
         interface=network["interface"],
         cidr=network["cidr"],
         port=network["port"],
-        prefer=_matches(said, "prefer", election["prefer"]),
-        never=_matches(said, "never", election["never"]),
+        prefer=_matches(said, ("election", "prefer"), election["prefer"]),
+        never=_matches(said, ("election", "never"), election["never"]),
         options=options,
+        labels=tuple(
+            zip(
+                _matches(said, (payload, "node_labels"), [i["match"] for i in labels], ("match",)),
+                (i["labels"] for i in labels),
+                strict=True,
+            )
+        ),
         sources=tuple(sources),
         warnings=tuple(warnings),
     )
@@ -138,24 +160,26 @@ def _milliseconds(text: str) -> int:
     return int(number) * UNITS[unit]
 
 
-def _check_network(said: Said, place: Place, text: str, *, prefix: bool) -> None:
-    """Raise UserError unless `text` is a network or, without `prefix`, perhaps an address."""
-    try:
-        inside = ipaddress.ip_interface(text)
-    except ValueError:
-        raise wrong(said, place) from None
-    if "%" in text or (prefix and "/" not in text):  # a scope (RFC 4007) means one host's link
-        raise wrong(said, place)
-    if "/" in text and inside.ip != inside.network.network_address:
-        message = f"{dotted(place)} names a host, not a network"
-        raise said.error(place, message, f"write {inside.network}")
+def _variables(place: Place, given: Mapping[str, Any]) -> dict[str, str]:
+    """Options as variables: below a mapping of named keys a name each, all else as one text."""
+    found: dict[str, str] = {}
+    for key, item in given.items():
+        below = (*place, key)
+        if rule_for(below).get("properties"):
+            found |= _variables(below, item)
+        else:
+            text = item if isinstance(item, str) else json.dumps(item, sort_keys=True)
+            found["_".join(below)] = text
+    return found
 
 
-def _matches(said: Said, key: str, listed: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
+def _matches(
+    said: Said, where: Place, listed: Sequence[Any], below: Place = ()
+) -> tuple[Mapping[str, Any], ...]:
     for i, match in enumerate(listed):
         if "address" in match:
-            place = ("election", key, str(i), "address")
-            _check_network(said, place, match["address"], prefix=False)
+            place = (*where, str(i), *below, "address")
+            check_network(said, place, match["address"], prefix=False)
     return tuple({**m, "mac": m["mac"].lower()} if "mac" in m else dict(m) for m in listed)
 
 

@@ -54,6 +54,21 @@ def texts(value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
             yield from texts(item, (*place, str(key)))
 
 
+def dump(plain: Any) -> str:
+    """Plain data as YAML, texts of several lines as they stand."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def text(dumper: Dumper, value: str) -> Node:
+        style = "|" if "\n" in value else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    Dumper.add_representer(str, text)
+    return str(yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000))
+
+
 def show(value: object) -> str:
     """A value as an error may show it: short texts only, and nothing like a token."""
     if isinstance(value, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -101,6 +102,19 @@ def wrong(said: Said, place: Place, must: str = "", hint: str = "") -> UserError
     hint = hint or f"for example: {example(named)}"
     message = f"{dotted(place)} must be {must or rule['x-must']}, not {show(value)}"
     return said.error(place, message, hint)
+
+
+def check_network(said: Said, place: Place, text: str, *, prefix: bool) -> None:
+    """Raise UserError unless `text` is a network or, without `prefix`, perhaps an address."""
+    try:
+        inside = ipaddress.ip_interface(text)
+    except ValueError:
+        raise wrong(said, place) from None
+    if "%" in text or (prefix and "/" not in text):  # a scope (RFC 4007) means one host's link
+        raise wrong(said, place)
+    if "/" in text and inside.ip != inside.network.network_address:
+        message = f"{dotted(place)} names a host, not a network"
+        raise said.error(place, message, f"write {inside.network}")
 
 
 def rule_for(place: Place) -> dict[str, Any]:

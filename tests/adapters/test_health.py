@@ -117,6 +117,15 @@ def test_any_other_answer_is_told(
     assert failure(Probe(f"http://127.0.0.1:{server.port}/")) == words
 
 
+def test_an_answer_must_hold_what_is_asked_for(serve: Callable[..., Server]) -> None:
+    ready, other = b'{"type":"Ready","status":"True"}', b'{"type":"Ready","status":"False"}'
+    server = serve(plain(200, b" " * 90_000 + ready), plain(200, other), plain(500, ready))
+    url, wanted = f"http://127.0.0.1:{server.port}/", '"type":"Ready","status":"True"'
+    probe(Probe(url, contains=wanted), Path("/"))
+    assert failure(Probe(url, contains=wanted, lacks="not ready")) == "not ready"
+    assert failure(Probe(url, contains=wanted)).startswith("HTTP 500")
+
+
 def test_a_redirect_is_not_followed(serve: Callable[..., Server]) -> None:
     other = serve(plain(200))
     server = serve(plain(302, Location=f"http://127.0.0.1:{other.port}/"))

@@ -108,7 +108,7 @@ LINES = {
     "unknown-key-in-match": (
         "election: {never: [{mac: '52:54:00:12:34:56'}, {sex: 1}]}",
         "c.yaml:4:49: unknown key 'sex' in election.never[1]; "
-        "known here: launch_index, mac, hostname, address, machine_id",
+        "known here: launch_index, mac, hostname, address, dmi, machine_id",
     ),
     "unknown-key-like-nothing": (
         "join: {zzz: 1}",
@@ -186,8 +186,9 @@ LINES = {
         "launch more hosts or choose fewer masters",
     ),
     "payload-of-a-later-release": (
-        "payload: origin",
-        "c.yaml:4:10: payload must be etcd or none, not 'origin'; for example: payload: etcd",
+        "payload: swarm",
+        "c.yaml:4:10: payload must be etcd, origin or none, not 'swarm'; "
+        "for example: payload: etcd",
     ),
     "image": (
         "etcd: {image: 'oci:here'}",
@@ -241,7 +242,8 @@ LINES = {
     "match-empty": (
         "election: {prefer: [{launch_index: 0}, {}]}",
         "c.yaml:4:40: election.prefer[1] must be a mapping with launch_index, mac, hostname, "
-        "address or machine_id, not an empty mapping; for example: prefer: [{launch_index: 0}]",
+        "address, dmi or machine_id, not an empty mapping; "
+        "for example: prefer: [{launch_index: 0}]",
     ),
     "match-mac": (
         "election: {never: [{mac: 52:54}]}",

@@ -132,7 +132,7 @@ def test_every_payload_can_be_filled_in_and_always_the_same(name: str, me: Membe
     assert role is (Role.NODE if me is NODE else Role.MASTER)
     steps = payload.for_role(role).steps
     assert sum(step.when == "true" for step in steps) < len(plan) <= len(steps) + 1
-    assert "${" not in repr(plan)
+    assert "${" not in repr(plan).replace("origin-${component}:${version}", "")  # Origin's own
     assert len({s.path for s in plan if isinstance(s, WriteFile)}) == sum(
         isinstance(s, WriteFile) for s in plan
     )

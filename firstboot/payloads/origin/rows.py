@@ -397,6 +397,7 @@ def _start_node(when: str) -> Iterator[Step]:
         f"{client}.crt",
         f"{client}.key",
         contains=NODE_READY,
+        lacks="the node is registered, but not ready",
         deadline=READY_SECONDS,
         when=when,
     )
