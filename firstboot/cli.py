@@ -57,8 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def program() -> NoReturn:
     """`main` as a whole process, which ends at once: taking all modules apart costs 25 ms."""
     code = main()
-    with suppress(OSError):
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     if threading.active_count() == 1:  # else Python waits for what they do
         os._exit(code)
     sys.exit(code)
@@ -126,7 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     replay = add("replay", _replay, "run a recorded history through the core again")
     replay.add_argument("file", metavar="FILE", help="a history.jsonl from /var/lib/firstboot")
     text = "system containers: install, update, roll back, remove, list, check"
-    container_verbs.declare(verbs.add_parser("containers", help=text, description=text), print)
+    group = verbs.add_parser("containers", help=text, description=text)
+    container_verbs.declare(group, lambda line: print(line, flush=True))  # some take minutes
     for sub in (run, status, admit, join, timeline):
         sub.add_argument("--root", type=Path, default=Path("/"), help=argparse.SUPPRESS)
     return parser

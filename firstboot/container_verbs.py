@@ -318,7 +318,7 @@ class _Host:
         while time.monotonic() < until:
             time.sleep(LOOK_SECONDS)
             now = self.systemd.state(unit)
-            if (now.active, now.since_wall) != (first.active, first.since_wall):
+            if (now.active, now.active_wall) != (first.active, first.active_wall):
                 raise LocalError(f"{unit} did not stay up: {now.active} ({now.result})")
 
     def brought_back(self, unit: str) -> _BroughtBack:

@@ -78,13 +78,17 @@ class UnitFailed(LocalError):
 
 @dataclass(frozen=True, slots=True)
 class UnitState:
-    """A unit at one moment, in systemd's words; ``since_wall`` is Unix time, 0 if never."""
+    """A unit at one moment, in systemd's words; times are Unix time, 0 if never.
+
+    ``since_wall``: something about it changed; ``active_wall``: it became active.
+    """
 
     load: str
     active: str
     sub: str
     result: str
     since_wall: float
+    active_wall: float = 0.0
 
 
 class Systemd:
@@ -141,6 +145,7 @@ class Systemd:
                 sub=str(seen["SubState"]),
                 result=str(_type_properties(bus, unit, path).get("Result", "")),
                 since_wall=int(seen["StateChangeTimestamp"]) / 1e6,
+                active_wall=int(seen["ActiveEnterTimestamp"]) / 1e6,
             )
 
     def start(self, unit: str, deadline: float, *, restart: bool = False) -> None:

@@ -43,7 +43,7 @@ Files = Mapping[str, Any]
 def need_tools() -> None:
     """Fail, with the remedy, if a program that containers are made with is not there."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    needed = ("umoci", "skopeo", "runc", "crun", "systemd-tmpfiles", "sync")
+    needed = ("umoci", "skopeo", "ostree", "runc", "crun", "systemd-tmpfiles", "sync")
     missing = [tool for tool in needed if shutil.which(tool, path=path) is None]
     if missing:
         pytest.fail(f"{', '.join(missing)} missing: run 'make setup'")
@@ -80,7 +80,8 @@ HOSTFS: dict[str, Any] = {
 
 
 def layer(files: Files) -> bytes:
-    """A gzipped tar. Content is text, a mapping (as JSON), a Link, a Program or a Directory."""
+    """A gzipped tar. Content is text, a mapping (as JSON), a Link, a Program or a Directory; a path
+    is that file."""
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w") as tar:
         for name, content in files.items():
@@ -92,6 +93,10 @@ def layer(files: Files) -> bytes:
             elif isinstance(content, Directory):
                 entry.type, entry.mode = tarfile.DIRTYPE, 0o755
                 tar.addfile(entry)
+            elif isinstance(content, Path):
+                raw_content = content.read_bytes()
+                entry.mode, entry.size = content.stat().st_mode & 0o777, len(raw_content)
+                tar.addfile(entry, io.BytesIO(raw_content))
             else:
                 text = content if isinstance(content, str) else json.dumps(content)
                 entry.mode = 0o755 if isinstance(content, Program) else 0o644
@@ -116,14 +121,14 @@ class Layout:
         media = f"application/vnd.oci.image.{kind}"
         return {"mediaType": media, "digest": f"sha256:{digest}", "size": len(data)}
 
-    def image(self, *layers: Files) -> dict[str, Any]:
+    def image(self, *layers: Files, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
         packed = [layer(files) for files in layers]
         sums = [f"sha256:{hashlib.sha256(gzip.decompress(p)).hexdigest()}" for p in packed]
         architecture = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
         config = {
             "architecture": architecture,
             "os": "linux",
-            "config": {},
+            "config": {"Labels": dict(labels or {})},
             "rootfs": {"type": "layers", "diff_ids": sums},
         }
         manifest = {
@@ -141,10 +146,12 @@ class Layout:
         (self.path / "index.json").write_text(json.dumps(index))
 
 
-def build(path: Path, *layers: Files, tag: str = "latest") -> str:
+def build(
+    path: Path, *layers: Files, tag: str = "latest", labels: Mapping[str, str] | None = None
+) -> str:
     """A layout with one image of `layers`, lowest first; returns its reference."""
     made = Layout(path)
-    made.add(made.image(*layers), tag)
+    made.add(made.image(*layers, labels=labels), tag)
     return f"oci:{path}"
 
 

@@ -7,8 +7,7 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,14 +113,6 @@ class Change:
 
     def make(self, root: Path) -> None:
         containers.install(root, "web", self.image, self.values)
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    """A directory in memory if there is one: hundreds of installations each sync their disk."""
-    place = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=place if place.is_dir() else None) as path:
-        yield Path(path)
 
 
 @pytest.fixture(params=[False, True], ids=["first", "replacement"])
