@@ -177,7 +177,8 @@ class Assembly(Supplying):
 
     def _on_denied(self, sender: str, message: messages.Denied) -> None:
         value = self.decided
-        if value and message.epoch == value.epoch and sender == value.founder.node_id:
+        told = value and message.epoch == value.epoch and sender == value.founder.node_id
+        if told and not (self.enrolled and not self.may_start):
             self.denied = message.reason
 
     def _run_plan(self) -> None:
@@ -265,9 +266,9 @@ class Assembly(Supplying):
         if not self._request_asked:
             self._make_request()
         if self.decided is not None:
-            if not self.enrolled:
+            if not self.may_start and now >= self._enrol_at:
                 self._enrol()
-            elif not self.noted:
+            if self.enrolled and not self.noted:
                 self._keep_cluster_channel()
         if self.may_start:
             if now >= self._apply_at:

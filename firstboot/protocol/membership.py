@@ -47,9 +47,9 @@ class Membership(Voter):
         """When this host is next to do something as a member, if nothing happens before."""
         enrol = dial = leave = end = NEVER
         if self.decided is not None:
-            if not self.enrolled:
+            if not self.may_start:
                 enrol = self._enrol_at
-            elif not self.noted and not self.founder:
+            if self.enrolled and not self.noted and not self.founder:
                 dial = self._cluster_dial_at
                 if self.running_since is not None:
                     leave = self.running_since + LEAVE_ANYWAY
@@ -67,14 +67,18 @@ class Membership(Voter):
         self._actions.append(events.MakeRequest())
 
     def _enrol(self) -> None:
-        """Get this host's certificates for the decided cluster."""
+        """Get this host's certificates for the decided cluster.
+
+        Who has them asks as well, seldom: the master's disk may be an older copy of itself, and it
+        would wait for this host for ever.
+        """
         value, request = self.decided, self.request
         if value is None or request is None or self._storing:
             return
-        if self.now < self._enrol_at:
-            return
         self._enrol_at = self.now + self._enrol_pause
-        self._enrol_pause = min(2 * self._enrol_pause, LAST_RESEND)
+        self._enrol_pause = (
+            LAST_RESEND if self.enrolled else min(2 * self._enrol_pause, LAST_RESEND)
+        )
         ask = messages.Enrol(
             value.epoch, request.csr, request.key, self.me.name, self.me.endpoint.host
         )
@@ -154,7 +158,7 @@ class Membership(Voter):
         if value is None or event.epoch != value.epoch or member is None:
             return
         self._storing, self.denied = None, ""
-        self._cluster_dial_at = self.now
+        self._cluster_dial_at, self._enrol_at = self.now, self.now + LAST_RESEND
         self._store(enrolled=member, enrolled_fingerprint=value.fingerprint)
 
     def _on_certificates_rejected(self, event: events.CertificatesRejected) -> None:
@@ -187,6 +191,7 @@ class Membership(Voter):
         value = self.decided
         if value is None or not self.enrolled:
             return
+        self._cluster_retry = CLUSTER_RETRY
         match message:
             case messages.Activated():
                 same = message.value.fingerprint == value.fingerprint

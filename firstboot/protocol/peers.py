@@ -40,6 +40,7 @@ class Contact:
     node_id: str = ""  # who answered there last
     error: str = ""
     wanted: bool = True
+    forgotten: bool = False
 
 
 @dataclass(slots=True)
@@ -216,7 +217,7 @@ class AddressBook:
         for endpoint in self._hopeless or self.parked:
             self._hopeless.pop(endpoint, None)
             self.parked.pop(endpoint, None)
-            del self.contacts[endpoint]
+            self.contacts.pop(endpoint).forgotten = True
             self.dropped += 1
             return True
         return False
@@ -266,7 +267,9 @@ class AddressBook:
 
     def waits(self, contact: Contact) -> bool:
         """Whether that contact shall be dialled, now or later: nobody connected is behind it."""
-        return contact.wanted and not contact.dialling and contact.node_id not in self._connected
+        if contact.dialling or not contact.wanted or contact.forgotten:
+            return False
+        return contact.node_id not in self._connected
 
     def _enqueue(self, contact: Contact) -> None:
         if self.waits(contact):
@@ -279,8 +282,7 @@ class AddressBook:
         queue = self._queue
         while queue:
             at, _, contact = queue[0]
-            known = self.contacts.get(contact.endpoint) is contact
-            if known and at == contact.dial_at and self.waits(contact):
+            if at == contact.dial_at and self.waits(contact):
                 return at
             heapq.heappop(queue)
         return NEVER

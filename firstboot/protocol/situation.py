@@ -199,7 +199,7 @@ class Situation:
             self._on_stranger(events.StrangerSeen("token", event.endpoint.host))
 
     def _cluster_refused(self) -> None:
-        """The master does not answer on the cluster channel (yet)."""
+        """The master does not answer on the cluster channel (yet), or does so no longer."""
 
     def _on_disconnected(self, event: events.Disconnected) -> None:
         peer = self.peers.get(event.node_id)
@@ -210,6 +210,8 @@ class Situation:
             if event.channel is Channel.BOOTSTRAP:
                 self.book.parted(peer.node_id)
                 self.company.update(peer, self.now)
+            elif self.decided is not None and peer.node_id == self.decided.founder.node_id:
+                self._cluster_refused()
 
     def _mismatch(self, hello: messages.Hello) -> str:
         if hello.version != messages.VERSION:
