@@ -24,11 +24,11 @@ from typing import Any
 
 from firstboot.protocol import events, messages
 from firstboot.protocol.enrolment import full
-from firstboot.protocol.membership import LEAVE_ANYWAY
+from firstboot.protocol.membership import LEAVE_ANYWAY, LEAVE_TRIES
 from firstboot.protocol.model import NEVER, Channel, soonest
 from firstboot.protocol.peers import Peer
 from firstboot.protocol.plan import make_plan
-from firstboot.protocol.situation import Start
+from firstboot.protocol.situation import HEARTBEAT, Start
 from firstboot.protocol.supplying import Supplying
 
 STEP_RETRY = (2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before a failed step is tried again
@@ -82,9 +82,11 @@ class Assembly(Supplying):
 
     def _on_connected(self, event: events.Connected) -> None:
         if event.endpoint is not None and event.channel is Channel.BOOTSTRAP:
-            self.book.connected(event.endpoint, event.node_id)
+            again_at = self.now + HEARTBEAT if event.node_id == self.me.node_id else 0.0
+            self.book.connected(event.endpoint, event.node_id, again_at)
         if event.node_id == self.me.node_id:
-            # Only the Hello tells whether this is a dial to oneself or a cloned identity.
+            # Only the Hello tells whether this is a dial to oneself or a cloned identity; until it
+            # has come, that address is dialled again.
             self._send(event.node_id, self._hello(), event.channel)
             return
         peer = self.peers.get(event.node_id)
@@ -107,7 +109,9 @@ class Assembly(Supplying):
         message = event.message
         peer = self.peers.get(event.node_id)
         if event.node_id == self.me.node_id and isinstance(message, messages.Hello):
-            if message.boot != self.me.boot:
+            if message.boot == self.me.boot:
+                self.book.met(event.node_id)
+            else:
                 self.failure = "DUPLICATE_IDENTITY"
             self._actions.append(events.Disconnect(event.node_id))
         elif peer is not None:
@@ -238,9 +242,10 @@ class Assembly(Supplying):
     def _nobody_waits(self) -> bool:
         if self.founder:
             return self.closed
-        return self.noted or (
-            self.running_since is not None and self.now >= self.running_since + LEAVE_ANYWAY
-        )
+        if self.noted or self.running_since is None:
+            return self.noted
+        # By tries as well: a host that was suspended meanwhile has not asked for that long.
+        return self.tries >= LEAVE_TRIES and self.now >= self.running_since + LEAVE_ANYWAY
 
     def _advance(self) -> None:
         """Do whatever is due. Looked through at every event, so what is not due costs nothing."""

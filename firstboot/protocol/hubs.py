@@ -51,7 +51,7 @@ class Hubs:
     def lonely(self) -> bool:
         """Whether this host knows of addresses and has too few connections to learn from."""
         book = self._book
-        return bool(book.parked) and book.reached - 1 + book.dialling < self.count
+        return bool(book.parked) and book.reached + book.dialling < self.count
 
     def want_another(self) -> None:
         """Have one more address dialled, the newest: it is the likeliest to answer."""

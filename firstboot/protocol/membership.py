@@ -20,7 +20,8 @@ CLUSTER_RETRY = 0.05  # seconds before a refused dial is tried again; doubles ea
 RESEND = 2.0  # seconds before a request without an answer is sent again
 LAST_RESEND = 15.0  # and for certificates, as a master of many hosts signs for minutes
 NOTE_WITHIN = 0.5  # seconds before the last of many Confirmed is noted
-LEAVE_ANYWAY = 60.0  # a node stops waiting for a master that cannot note its Confirmed
+# A node stops waiting for a master that cannot note its Confirmed after so long and so many tries.
+LEAVE_ANYWAY, LEAVE_TRIES = 60.0, 10
 
 
 class Membership(Voter):
@@ -31,6 +32,7 @@ class Membership(Voter):
         self.request: events.RequestMade | None = None
         self.denied = ""  # why the master, or this host, refused
         self.running_since: float | None = None
+        self.tries = 0  # to tell the master that this host has ACTIVE
         self.noted = False  # the master knows that this host has ACTIVE on disk
         self.confirmed = set(start.stored.confirmed)
         self._confirming: list[str] = []  # who told so, to be written next
@@ -169,6 +171,12 @@ class Membership(Voter):
         self._cluster_dial_at = self.now + self._cluster_retry
         self._cluster_retry = min(2 * self._cluster_retry, RESEND)
 
+    def _cluster_lost(self) -> None:
+        """It may have restarted: it shall have its time to note that this host has ACTIVE."""
+        self._cluster_refused()
+        if self.running_since is not None:
+            self.running_since, self.tries = self.now, 0
+
     def _keep_cluster_channel(self) -> None:
         """A member keeps a connection to its master until the master noted it has ACTIVE."""
         value = self.decided
@@ -178,9 +186,11 @@ class Membership(Voter):
         if peer is not None and Channel.CLUSTER in peer.channels:
             if self.may_start and self.supplied and self.now >= self._tell_at:
                 self._tell_at = self.now + RESEND
+                self.tries += 1
                 self._send(peer.node_id, messages.Confirmed(value.epoch), Channel.CLUSTER)
         elif self.now >= self._cluster_dial_at:
             self._cluster_dial_at = self.now + 2 * DIAL_TIME  # until an answer says better
+            self.tries += 1
             port = peer.hello.endpoint.port if peer and peer.hello else self.me.endpoint.port
             endpoint = Endpoint(value.founder.host, port)
             self._actions.append(events.Connect(endpoint, Channel.CLUSTER))

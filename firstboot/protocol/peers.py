@@ -222,8 +222,8 @@ class AddressBook:
             return True
         return False
 
-    def connected(self, endpoint: Endpoint, node_id: str) -> None:
-        """A dial succeeded."""
+    def connected(self, endpoint: Endpoint, node_id: str, again_at: float = 0.0) -> None:
+        """A dial succeeded; should nobody be met there after all, it is tried after `again_at`."""
         contact = self.contacts.get(endpoint)
         if contact is not None:
             self._ended(contact)
@@ -231,6 +231,7 @@ class AddressBook:
             self._where.setdefault(node_id, set()).add(endpoint)
             contact.node_id = node_id
             contact.retry, contact.error = FIRST_RETRY, ""
+            contact.dial_at = max(contact.dial_at, again_at)
             self._hopeless.pop(endpoint, None)
             self._enqueue(contact)
 

@@ -80,7 +80,6 @@ class Situation:
         self.company = Company(me.node_id)
         large = config.expect > self.MESH
         self.book = AddressBook(4 * config.expect + 64, parks=large)
-        self.book.met(me.node_id)  # so that an address of this host's own is not dialled twice
         self.hubs = Hubs(self.HUBS, self.standing, self.company, self.book) if large else None
         self.mismatched: dict[str, Peer] = {}
         self.strangers: dict[str, str] = {}  # source -> kind, at most MAX_STRANGERS
@@ -164,7 +163,7 @@ class Situation:
     def open(self) -> bool:
         """Whether this host still looks for others, or may still let some in."""
         if self.may_start:
-            return self.founder and not self.closed
+            return self.founder and not self.stored.closed
         return True
 
     def present_voters(self) -> int:
@@ -199,7 +198,10 @@ class Situation:
             self._on_stranger(events.StrangerSeen("token", event.endpoint.host))
 
     def _cluster_refused(self) -> None:
-        """The master does not answer on the cluster channel (yet), or does so no longer."""
+        """The master does not answer on the cluster channel (yet)."""
+
+    def _cluster_lost(self) -> None:
+        """The master hung up on the cluster channel."""
 
     def _on_disconnected(self, event: events.Disconnected) -> None:
         peer = self.peers.get(event.node_id)
@@ -211,7 +213,7 @@ class Situation:
                 self.book.parted(peer.node_id)
                 self.company.update(peer, self.now)
             elif self.decided is not None and peer.node_id == self.decided.founder.node_id:
-                self._cluster_refused()
+                self._cluster_lost()
 
     def _mismatch(self, hello: messages.Hello) -> str:
         if hello.version != messages.VERSION:

@@ -141,7 +141,6 @@ def test_a_hello_hands_on_everybody_or_of_many_the_best_and_others_by_turns() ->
 
 def large(mine: int, *present: int) -> tuple[Hubs, Company, AddressBook]:
     book, made = AddressBook(1000, parks=True), company(*present)
-    book.met(ME)
     for number in present:
         book.met(node(number))
     return Hubs(3, standing(node(mine), 1000, able=True), made, book), made, book
