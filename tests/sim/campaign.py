@@ -23,9 +23,11 @@ from tests.sim.boundaries import crashed
 from tests.sim.world import Faults, World, play
 
 SIZES = (3, 3, 5, 2, 4, 1, 7)  # hosts of a run, by seed
+HUB_SIZES = (4, 5, 7, 9)  # the same of those that keep to hubs
 CHUNK = 50
 KEPT = 50  # failures of which a report holds the text
 _SUMS = ("seeds", "busy", "events", "stuck", "splits", "told", "outside", "boundaries", "failed")
+_HUBBED: dict[type[Assembly], type[Assembly]] = {}
 TICK = 0.1  # seconds; how finely times are counted
 
 
@@ -174,9 +176,21 @@ def version() -> str:
 # ---------------------------------------------------------------- runs
 
 
+def size_of(seed: int) -> int:
+    """How many hosts the run of that seed is of; every fourth is of many that keep to few hubs."""
+    return HUB_SIZES[seed // 4 % len(HUB_SIZES)] if seed % 4 == 3 else SIZES[seed % len(SIZES)]
+
+
 def new_world(seed: int, core: type[Assembly] = Assembly) -> World:
     """The world of that seed, before anything happens: always the same."""
-    return World(seed, hosts=SIZES[seed % len(SIZES)], core=core)
+    return World(seed, hosts=size_of(seed), core=_with_hubs(core) if seed % 4 == 3 else core)
+
+
+def _with_hubs(core: type[Assembly]) -> type[Assembly]:
+    """The same core, and small formations already keep to hubs."""
+    if core not in _HUBBED:
+        _HUBBED[core] = type(f"{core.__name__}WithHubs", (core,), {"MESH": 3, "HUBS": 2})
+    return _HUBBED[core]
 
 
 def world_of(seed: int) -> World:

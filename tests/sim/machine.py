@@ -77,6 +77,7 @@ class Host:
         self.channels: dict[tuple[str, Channel], tuple[int, Host]] = {}
         self.known: Value | None = None  # what `decided` was when the witness last looked
         self.alarm = INFINITY
+        self._held: list[Event] = []  # what came during a pause
         self._deeds: deque[Callable[[], None]] = deque()
         self._persisting = False
         self._persist_next: events.Persist | None = None
@@ -101,6 +102,7 @@ class Host:
         self.started = world.now
         self.channels, self.alarm = {}, -INFINITY  # its first look is due
         self._deeds.clear()
+        self._held.clear()
         self._persisting, self._persist_next = False, None
         self.shut, self.known = self.disk.stored.closed, None
         if self.boots > 1:
@@ -196,8 +198,10 @@ class Host:
         if core is None:
             return
         now = world.now
-        if now < self.paused_until:
-            self.later(self.paused_until - now + 1e-6, event)
+        if now < self.paused_until or self._held:
+            self._held.append(event)
+            if len(self._held) == 1:
+                world.at(self.paused_until, self.wake, self.boots)
             return
         world.events += 1
         if world.trace is not None:
@@ -227,13 +231,21 @@ class Host:
             if deadline < INFINITY:
                 world.at(deadline, self.ring, self.boots, deadline)
 
+    def wake(self, boot: int) -> None:
+        """After a pause: everything that came meanwhile, in order."""
+        if self.boots != boot:
+            return
+        if self.world.now < self.paused_until:
+            self.world.at(self.paused_until, self.wake, boot)
+            return
+        held, self._held = self._held, []
+        for event in held:
+            self.feed_if(boot, event)
+
     def ring(self, boot: int, alarm: float) -> None:
         """The alarm rings, unless it was set anew since."""
         if self.boots == boot and self.alarm == alarm:
-            if self.world.now < self.paused_until:
-                self.world.at(self.paused_until + 1e-6, self.ring, boot, alarm)
-                return
-            self.alarm = INFINITY
+            self.alarm = -INFINITY  # it is due, even should it have to wait for a pause
             self.feed(DEADLINE)
 
     # ------------------------------------------------------------ actions

@@ -18,7 +18,7 @@ from firstboot.protocol import events, history
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.model import ClusterConfig, Issued, Self, Stored
 from firstboot.protocol.situation import Start
-from tests.sim.campaign import SIZES, new_world
+from tests.sim.campaign import new_world, size_of
 from tests.sim.faults import Faults, Occurrence
 from tests.sim.world import World, play
 
@@ -177,9 +177,9 @@ def failing(seed: int, core: type[Assembly] = Assembly) -> tuple[Case, str] | No
         return None
     hits = tuple((chance, n) for chance, tries in world.hits.items() for n in tries)
     drawn = new_world(seed, core)  # as it was before its faults ended
-    hosts = SIZES[seed % len(SIZES)]
+    hosts = size_of(seed)
     planned = tuple(world.occurrences or ())
-    return Case(seed, drawn.config, hosts, drawn.faults, planned, hits, core), rule
+    return Case(seed, drawn.config, hosts, drawn.faults, planned, hits, drawn.core), rule
 
 
 # ---------------------------------------------------------------- what is shown of it

@@ -389,6 +389,7 @@ class World:
         for host in self.hosts:
             host.paused_until = host.refuses_until = host.disk_fails_until = self.now
             host.loops_until = 0.0
+            host.wake(host.boots)
             host.boot()
 
     # ------------------------------------------------------------ outcome
