@@ -229,6 +229,10 @@ class World:
     def _answer(self, source: Host, boot: int, target: Host, action: events.Connect) -> None:
         if source.boots != boot or source.core is None:
             return
+        if self.now < target.paused_until:
+            late = events.ConnectFailed(action.endpoint, action.channel, "timeout")
+            source.later(5.0, late)
+            return
         closed = source.shut and action.channel is Channel.BOOTSTRAP
         if closed or target.core is None or not self._opens(source, target, action.channel):
             refused = events.ConnectFailed(action.endpoint, action.channel, "refused")
@@ -349,8 +353,8 @@ class World:
             host.absent = True
         for clone in self.clones:
             clone.absent = True
-            when = rng.random() * 30 if rng.random() < 0.7 else 0.0
-            self.at(when, clone.copy_disk_of, rng.choice(self.launched))
+            when = rng.random() * min(30.0, faults.until) if rng.random() < 0.7 else 0.0
+            self.at(when, self._copy, clone, rng.choice(self.launched))
         for _ in range(faults.mixed):
             self.count("mixed expect")
         if faults.refused_until:
@@ -362,6 +366,10 @@ class World:
             self.at(occurrence.at, befall, self, occurrence)
         self.restarts = True
         self.at(faults.until, self.peace)
+
+    def _copy(self, clone: Host, original: Host) -> None:
+        if self.hostile:
+            clone.copy_disk_of(original)
 
     def partition(self, links: Iterable[tuple[int, int]]) -> None:
         """From now on these links (source, target) carry nothing."""
