@@ -299,7 +299,7 @@ class Carrier:
     def _run(self, step: plan.Step) -> None:
         match step:
             case plan.MakeDirectory():
-                host.use_directory(self.root / step.path[1:], step.mode)
+                self._make_directory(step)
             case plan.WriteFile():
                 self._write_file(step)
             case plan.WriteBlock():
@@ -331,6 +331,14 @@ class Carrier:
         self._cancelled.set()
         if self._systemd is not None:
             self._systemd.cancel()
+
+    def _make_directory(self, step: plan.MakeDirectory) -> None:
+        path, claim = self.root / step.path[1:], f"claims/{step.path[1:].replace('/', '-')}"
+        if step.claim and self.directory.get(claim) != self._fingerprint.encode():
+            if host.holds_anything(path):
+                raise LocalError(f"{path} holds data of an earlier cluster; move it away")
+            self.directory.put(claim, self._fingerprint.encode())
+        host.use_directory(path, step.mode)
 
     def _start_unit(self, step: plan.StartUnit) -> None:
         if step.ports and self.systemd.state(step.unit).active in ("inactive", "failed"):

@@ -7,7 +7,14 @@ process runs in.
 from firstboot.host.address import Address, Interface, Network, choose, survey, wait_for_address
 from firstboot.host.durable import StorageFailed, make_directory, remove_durably, write_durably
 from firstboot.host.facts import Facts, facts, node_name
-from firstboot.host.files import make_link, make_parent, use_directory, use_resolver, write_block
+from firstboot.host.files import (
+    holds_anything,
+    make_link,
+    make_parent,
+    use_directory,
+    use_resolver,
+    write_block,
+)
 from firstboot.host.machine import Machine, look
 from firstboot.host.ports import taken
 from firstboot.host.state import LostState, StateDirectory
@@ -24,6 +31,7 @@ __all__ = [
     "StorageFailed",
     "choose",
     "facts",
+    "holds_anything",
     "look",
     "make_directory",
     "make_link",

@@ -56,6 +56,12 @@ def use_directory(path: Path, mode: int) -> None:
             path.chmod(mode)
 
 
+def holds_anything(path: Path) -> bool:
+    """Whether a directory is there and holds more than a file system's own lost+found."""
+    with storage(f"look into {path}"):
+        return path.is_dir() and any(p.name != "lost+found" for p in path.iterdir())
+
+
 def make_parent(path: Path) -> None:
     """Make the directories above a file."""
     if not path.parent.is_dir():

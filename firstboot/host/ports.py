@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+
+from firstboot.host.machine import read_fact
 
 _LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, see proc_net_tcp in the kernel's documentation
 MAX_LINES = 65536
@@ -29,16 +33,18 @@ def taken(address: str, port: int) -> str:
 def _owner(port: int) -> str:
     sockets = {f"socket:[{inode}]" for inode in _inodes(port)}
     for process in Path("/proc").iterdir():
-        if not process.name.isdigit():
-            continue
-        try:
-            held = {str(fd.readlink()) for fd in (process / "fd").iterdir()}
-            if held & sockets:
-                name = (process / "comm").read_text(errors="replace").strip()
-                return f"{name} (process {process.name})"
-        except OSError:
-            continue  # it ended meanwhile, or is not ours to look at
+        if process.name.isdigit() and sockets & set(_held(process)):
+            name = read_fact(process / "comm")
+            return f"{name} (process {process.name})" if name else "another program"
     return "another program"
+
+
+def _held(process: Path) -> Iterator[str]:
+    """What the descriptors of a process refer to; those that are closed meanwhile are left out."""
+    with suppress(OSError):
+        for descriptor in (process / "fd").iterdir():
+            with suppress(OSError):
+                yield str(descriptor.readlink())
 
 
 def _inodes(port: int) -> set[str]:

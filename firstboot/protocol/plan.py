@@ -31,10 +31,15 @@ class GetCertificates:
 
 @dataclass(frozen=True, slots=True)
 class MakeDirectory:
-    """A directory, with its parents; one that is there keeps what it holds, and gets `mode`."""
+    """A directory, with its parents; one that is there keeps what it holds.
+
+    If others may not enter, one that is there is closed to them as well. With `claim`, what it
+    holds must be of this cluster: an earlier cluster's data would be taken for its own.
+    """
 
     path: str
     mode: int = 0o755
+    claim: bool = False
     when: str = "true"
 
 

@@ -236,8 +236,9 @@ def _sysconfig(name: str, options: str, when: str) -> WriteFile:
 
 
 def _master_files() -> Iterator[Step]:
-    for path in (MASTER_DIRECTORY, ETCD_DIRECTORY, "/var/lib/etcd"):
+    for path in (MASTER_DIRECTORY, ETCD_DIRECTORY):
         yield MakeDirectory(path, _MASTERS_ONLY)
+    yield MakeDirectory("/var/lib/etcd", _MASTERS_ONLY, claim=True)
     yield MakeDirectory("/etc/origin/generated-configs", _MASTERS_ONLY, when="${founder_here}")
     yield from _master_pki()
     yield from _etcd_files()
@@ -306,6 +307,8 @@ _ETCD_ARGUMENTS = (
     ("peer-key-file", f"{ETCD_DIRECTORY}/peer.key"),
     ("peer-trusted-ca-file", f"{ETCD_DIRECTORY}/ca.crt"),
     ("peer-client-cert-auth", "true"),
+    # It would use the server's certificate as a client's, which that one is not.
+    ("enable-grpc-gateway", "false"),
 )
 _ETCDCTL = (
     "ETCDCTL_ENDPOINTS=https://${url_host}:2379",
