@@ -131,10 +131,13 @@ endef
 export LAUNCHER
 
 # The package as it lies in the tree, less what only builds images; -I above keeps the caller's
-# environment and working directory out of a program that runs as root.
+# environment and working directory out of a program that runs as root. Its byte code saves every
+# host a third of a start; by hash, because image builders such as ostree reset all dates.
 install:
 	@cd firstboot && find . -type f ! -name '*.pyc' ! -name build-image | while read -r file; do \
 		install -Dm644 "$$file" "$(DESTDIR)$(SHARE)/firstboot/$$file"; done
+	@$(PYTHON) -m compileall -q -s "$(DESTDIR)" -p / --invalidation-mode checked-hash \
+		"$(DESTDIR)$(SHARE)/firstboot"
 	@install -d "$(DESTDIR)$(PREFIX)/bin"
 	@printf '%s\n' "$$LAUNCHER" >"$(DESTDIR)$(PREFIX)/bin/firstboot"
 	@chmod 755 "$(DESTDIR)$(PREFIX)/bin/firstboot"
