@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         networks = [stack.enter_context(Network(n)) for n in options.hosts]
         for network in networks:
-            _settle(network)
+            settle(network)
         series = _measure(networks, chosen, options.runs)
     text = table(series)
     print(text)
@@ -62,16 +62,24 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _settle(network: Network) -> None:
-    """Until no address is tentative any more: serf would fail to send, and wait for a minute."""
+def settle(network: Network) -> None:
+    """Until what is sent arrives: before its link is up, a host's packets are dropped silently.
+
+    Nor may an address be tentative: serf would fail to send, and wait for a minute.
+    """
+
+    names = [network.switch, *(network.namespace(n).name for n in network.hosts)]
 
     def settled() -> bool:
-        return not any(
-            call(["ip", "-n", network.namespace(n).name, "-6", "addr", "show", "tentative"]).stdout
-            for n in network.hosts
-        )
+        for name in names:
+            links = call(["ip", "-n", name, "link"]).stdout.splitlines()
+            if any("state UP" not in link for link in links if "@" in link):  # veth(4) pairs
+                return False
+            if call(["ip", "-n", name, "-6", "addr", "show", "tentative"]).stdout:
+                return False
+        return True
 
-    wait_until(settled, 20, "no address is tentative")
+    wait_until(settled, 60, "every link is up and no address tentative")
 
 
 def _measure(networks: Sequence[Network], systems: Sequence[System], runs: int) -> list[Series]:
