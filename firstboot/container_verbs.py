@@ -261,9 +261,9 @@ def _list(options: argparse.Namespace, say: Say) -> int:
 
 
 def _lint(options: argparse.Namespace, say: Say) -> int:
-    from firstboot import containers
+    from firstboot.containers.lint import lint
 
-    found = containers.lint(Path(options.directory))
+    found = lint(Path(options.directory))
     for finding in found:
         say(str(finding))
     errors = sum(finding.error for finding in found)

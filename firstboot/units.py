@@ -23,6 +23,7 @@ _PATH = "/org/freedesktop/systemd1"
 _MANAGER = f"{_NAME}.Manager"
 _UNIT = f"{_NAME}.Unit"
 _PROPERTIES = "org.freedesktop.DBus.Properties"
+_MISSING = (f"{_NAME}.NoSuchUnit", "org.freedesktop.DBus.Error.FileNotFound")
 _CALL_SECONDS = 30.0  # systemd answers in milliseconds unless the host is in deep trouble
 _JOURNAL_SECONDS = 5.0
 _LOG_LINES, _LOG_COLUMNS = 10, 300
@@ -191,7 +192,7 @@ class Systemd:
             try:
                 bus.manager("StopUnit", "ss", unit, "replace")
             except _BusError as error:
-                if error.name == f"{_NAME}.NoSuchUnit":
+                if error.name in _MISSING:
                     return
                 raise
             while True:
@@ -204,7 +205,13 @@ class Systemd:
     def disable(self, unit: str) -> None:
         """Have a unit not started at later boots; nothing if it is not enabled, or not there."""
         with self._connection() as bus:
-            if bus.manager("DisableUnitFiles", "asb", [unit], False):
+            try:
+                changes = bus.manager("DisableUnitFiles", "asb", [unit], False)
+            except _BusError as error:
+                if error.name in _MISSING:
+                    return
+                raise
+            if changes:
                 bus.manager("Reload", "")
 
     # ------------------------------------------------------------ failures in words
@@ -224,8 +231,7 @@ class Systemd:
 
     def _refused(self, unit: str, error: _BusError) -> UnitFailed | SystemdFailed:
         result = {
-            f"{_NAME}.NoSuchUnit": "not-found",
-            "org.freedesktop.DBus.Error.FileNotFound": "not-found",
+            **dict.fromkeys(_MISSING, "not-found"),
             f"{_NAME}.UnitMasked": "masked",
             f"{_NAME}.BadUnitSetting": "bad-setting",
         }.get(error.name)

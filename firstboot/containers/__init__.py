@@ -16,21 +16,18 @@ from firstboot.containers.install import (
     uninstall,
     update,
 )
-from firstboot.containers.lint import Finding, lint
 from firstboot.containers.store import Container
 from firstboot.containers.tools import ContainerError
 
 __all__ = [
     "Container",
     "ContainerError",
-    "Finding",
     "Installed",
     "Removed",
     "default_name",
     "info",
     "install",
     "installed",
-    "lint",
     "pull",
     "rollback",
     "uninstall",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +94,16 @@ def default_name(reference: str) -> str:
     return found
 
 
+def doubt(reference: str) -> str:
+    """What to tell of a name that leaves its registry to skopeo; empty if it does not."""
+    if reference.startswith(("oci:/", "docker:", "dockertar:")):
+        return ""
+    first, slash, _ = _source(reference).name.partition("/")
+    if slash and ("." in first or ":" in first or first == "localhost"):
+        return ""
+    return f"{reference} names no registry: docker.io is asked"
+
+
 def _source(reference: str) -> Source:
     if reference.startswith("oci:/"):
         path, tag = _split_tag(reference.removeprefix("oci:"))
@@ -120,6 +129,8 @@ def _source(reference: str) -> Source:
 
 def _archived(path: Path) -> str:
     """The name of the image in what ``docker save`` wrote; the file's own if it says none."""
+    import tarfile
+
     try:
         with tarfile.open(path) as archive:
             member = archive.extractfile("manifest.json")

@@ -17,7 +17,7 @@ from firstboot.containers import disk, variables
 from firstboot.containers import runtime as oci
 from firstboot.containers.activation import match, retire, withdraw
 from firstboot.containers.deployment import Request, prepare, run_once
-from firstboot.containers.image import Found, locate
+from firstboot.containers.image import Found, doubt, locate
 from firstboot.containers.image import pull as fetch
 from firstboot.containers.store import Container, Deployment, Store
 from firstboot.containers.tools import ContainerError
@@ -201,6 +201,8 @@ def _install(
     if base and not before:
         raise ContainerError("Cannot update a preinstalled container")
     after, messages = prepare(store, wanted, found, before)
+    if not before and not wanted.rootfs and (text := doubt(wanted.reference)):
+        messages.insert(0, text)
     reload, more = _switch(store, after, before, wanted.stop, enable=enable)
     return Installed(
         container=store.container(after),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from firstboot.containers import disk, layers, layout
+from firstboot.containers import disk, layout
 from firstboot.containers.store import Store
 from firstboot.containers.tools import ContainerError, find, run
 
@@ -159,6 +159,8 @@ class Repository:
     def _add_layer(
         self, image: layout.Image, digest: str, expected: str | None, scratch: Path
     ) -> None:
+        from firstboot.containers import layers  # with tarfile; most hosts have no repository
+
         tar = scratch / "layer.tar"
         plain, size = layers.rewrite(image.blob(digest), tar)
         if expected not in (None, plain):

@@ -190,3 +190,44 @@ def test_an_interrupted_removal_can_be_repeated(memory: Path) -> None:
         containers.uninstall(root, "web")
         assert snapshot(root) == expected, f"after a power cut before change {at}"
         shutil.rmtree(root)
+
+
+def test_an_interrupted_rollback_can_be_repeated(memory: Path) -> None:
+    """Once more after a power cut is not once too often: it ends where the first was to end."""
+    need_tools()
+    change = Change(memory, replaces=True)
+    back = change.host(change.done)
+    count, _ = in_child(partial(containers.rollback, back, "web"), 0, power_cut)
+    assert count > 10
+    expected = snapshot(back)
+    again, first = containers.info(back, "web"), containers.info(change.template, "web")
+    assert again is not None and first is not None
+    assert again.deployment == first.deployment
+    for at in range(1, count + 1):
+        root = change.host(change.done)
+        _, status = in_child(partial(containers.rollback, root, "web"), at, power_cut)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        containers.rollback(root, "web")
+        assert snapshot(root) == expected, f"after a power cut before change {at}"
+        shutil.rmtree(root)
+
+
+def test_a_rollback_that_fails_leaves_the_host_as_it_was(memory: Path) -> None:
+    need_tools()
+    change = Change(memory, replaces=True)
+    back = change.host(change.done)
+    count, _ = in_child(partial(containers.rollback, back, "web"), 0, power_cut)
+    expected = {DONE: snapshot(back), REFUSED: change.after}
+    refused = 0
+    for at in range(1, count + 1):
+        root = change.host(change.done)
+        _, status = in_child(partial(containers.rollback, root, "web"), at, disk_full)
+        code = os.waitstatus_to_exitcode(status)
+        assert files_of(snapshot(root)) == files_of(expected[code]), f"when change {at} failed"
+        refused += code == REFUSED
+        shutil.rmtree(root)
+    assert refused > count * 0.7
+
+
+def files_of(found: dict[str, object]) -> dict[str, object]:
+    return {path: what for path, what in found.items() if what != ("directory",)}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import http.server
 import json
 import os
 import platform
 import re
 import shutil
+import socketserver
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from firstboot.containers import ContainerError, tools
+from firstboot import containers
+from firstboot.containers import ContainerError, image, tools
 from tests.adapters.oci_images import (
     MANIFEST,
     PLAIN,
@@ -242,6 +247,153 @@ def test_a_damaged_copy_is_pulled_again(root: Path, registry: Registry) -> None:
         path.unlink()
     assert install(root, image, GREETING="other").changed
     assert registry.asked > asked
+
+
+@pytest.mark.parametrize(
+    ("reference", "doubted"),
+    [
+        ("busybox", True),
+        ("team/web:1", True),
+        ("docker.io/team/web", False),
+        ("localhost/web", False),
+        ("http:127.0.0.1:5000/web", False),
+        ("oci:/images/web", False),
+        ("docker:web:1", False),
+    ],
+)
+def test_a_name_without_a_registry_is_told_of(reference: str, doubted: bool) -> None:
+    assert bool(image.doubt(reference)) is doubted
+
+
+def test_a_pull_fetches_anew_and_an_update_takes_it(
+    root: Path, registry: Registry, tmp_path: Path
+) -> None:
+    reference = f"http:{registry.reference}"
+    old = install(root, reference).container.image_id
+    registry.layout = Path(build(tmp_path / "new", PLAIN, {"x": "y"}).removeprefix("oci:"))
+    assert not containers.update(root, "web", {}).changed, "what is on this host counts"
+    new = containers.pull(root, reference)
+    assert new != old
+    assert containers.update(root, "web", {}).container.image_id == new
+    kept = root / "var/lib/containers/atomic/.storage/oci"
+    assert len(list(kept.iterdir())) == 1
+
+
+def test_a_pull_that_fails_leaves_the_copy(root: Path, registry: Registry) -> None:
+    reference = f"http:{registry.reference}"
+    install(root, reference)
+    registry.layout = registry.layout / "absent"
+    with pytest.raises(ContainerError):
+        containers.pull(root, reference)
+    assert install(root, reference, GREETING="other").changed
+
+
+def test_a_crash_between_two_copies_loses_none(root: Path, registry: Registry) -> None:
+    reference = f"http:{registry.reference}"
+    install(root, reference)
+    (kept,) = (root / "var/lib/containers/atomic/.storage/oci").iterdir()
+    kept.rename(kept.with_name(f".{kept.name}.old"))
+    asked = registry.asked
+    assert install(root, reference, GREETING="other").changed
+    assert registry.asked == asked
+
+
+# ---------------------------------------------------------------- Docker's own
+
+
+def docker_archive(path: Path, image: str, tag: str) -> Path:
+    """What ``docker save`` writes, made by skopeo from a layout."""
+    argv = ["skopeo", "copy", "-q", f"{image}:latest", f"docker-archive:{path}:{tag}"]
+    subprocess.run(argv, check=True)
+    return path
+
+
+def test_what_docker_save_wrote(root: Path, plain: str, tmp_path: Path) -> None:
+    path = docker_archive(tmp_path / "web.tar", plain, "team/web:1.5")
+    assert containers.default_name(f"dockertar:{path}") == "web-1.5"
+    done = install(root, f"dockertar:{path}")
+    assert config(root)["process"]["args"] == ["run.sh", "hello"]
+    (kept,) = (root / "var/lib/containers/atomic/.storage/oci").iterdir()
+    assert kept.name.endswith("team_2Fweb_3A1.5")
+    newer = build(tmp_path / "newer", PLAIN, {"x": "y"})
+    path.unlink()
+    docker_archive(path, newer, "team/web:1.5")
+    assert containers.update(root, "web", {}).container.image_id != done.container.image_id
+
+
+@pytest.mark.parametrize("raw", [b"", b"no tar", gzip.compress(b"x")], ids=repr)
+def test_what_docker_save_did_not_write(root: Path, tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "x.tar").write_bytes(raw)
+    with pytest.raises(ContainerError, match=r"x\.tar is not what docker save writes"):
+        install(root, f"dockertar:{tmp_path}/x.tar")
+    with pytest.raises(ContainerError, match=r"y\.tar cannot be read: No such file"):
+        install(root, f"dockertar:{tmp_path}/y.tar")
+
+
+class Daemon(socketserver.ThreadingUnixStreamServer):
+    """A Docker daemon that has one image (Engine API 1.24, image export); skopeo asks it."""
+
+    def __init__(self, path: Path, archive: Path) -> None:
+        self.archive = archive
+        self.asked: list[str] = []
+        super().__init__(str(path), DaemonAnswer)
+
+
+class DaemonAnswer(http.server.BaseHTTPRequestHandler):
+    server: Daemon
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        export = "/images/" in self.path
+        raw = self.server.archive.read_bytes() if export else b"{}"
+        self.send_response(200)
+        self.send_header("Api-Version", "1.40")
+        self.send_header("Content-Type", "application/x-tar" if export else "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(raw)
+
+    do_HEAD = do_GET
+
+    def address_string(self) -> str:
+        return "skopeo"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+IN_A_NAMESPACE = """
+import sys
+from pathlib import Path
+from firstboot import containers
+print(containers.install(Path(sys.argv[1]), "web", "docker:team/web:1", {}).container.image)
+"""
+
+
+def test_an_image_of_the_docker_daemon(root: Path, plain: str, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to put a socket where the daemon's is: run `make test`")
+    archive = docker_archive(tmp_path / "web.tar", plain, "team/web:1")
+    socket = tmp_path / "docker.sock"
+    enter = 'mount -t tmpfs tmpfs /run && ln -s "$0" /run/docker.sock && exec "$@"'
+    argv = ["unshare", "-m", "sh", "-euc", enter, str(socket), sys.executable]
+    with Daemon(socket, archive) as daemon:
+        thread = threading.Thread(target=daemon.serve_forever)
+        thread.start()
+        try:
+            done = subprocess.run(
+                [*argv, "-c", IN_A_NAMESPACE, str(root)], capture_output=True, text=True
+            )
+        finally:
+            daemon.shutdown()
+            thread.join()
+        assert done.returncode == 0, done.stderr
+        assert any("team" in path and "web" in path for path in daemon.asked)
+    assert config(root)["process"]["args"] == ["run.sh", "hello"]
+    assert install(root, "docker:team/web:1", GREETING="other").changed, "the copy is used"
+    with pytest.raises(ContainerError, match="names no tag"):
+        install(root, "docker:team/web")
 
 
 def test_a_registry_that_does_not_have_it(root: Path, registry: Registry) -> None:

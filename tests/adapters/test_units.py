@@ -37,6 +37,8 @@ ExecStart=/bin/sh -c 'systemd-notify --ready; exec sleep infinity'""",
     "killed.service": "Type=oneshot\nExecStart=/bin/sh -c 'kill -SEGV $$$$'",
     "mute.service": "Type=notify\nTimeoutStartSec=300ms\nExecStart=/bin/sleep infinity",
     "slow.service": "Type=notify\nTimeoutStartSec=infinity\nExecStart=/bin/sleep infinity",
+    "stubborn.service": """TimeoutStopSec=1500ms
+ExecStart=/bin/sh -c 'trap "" TERM; sleep infinity & wait; wait'""",
     "quits.service": "Type=notify\nExecStart=/bin/true",
     "done.service": "Type=oneshot\nExecStart=/bin/true",
     # Started only when the main process has gone: it is never seen active, however slow we are.
@@ -205,6 +207,29 @@ def test_a_unit_that_systemd_restarts_gets_a_second_chance(systemd: Systemd) -> 
     assert systemd.state("retried.service").sub == "running"
 
 
+def test_a_unit_is_stopped(systemd: Systemd) -> None:
+    systemd.start("sound.service", GENEROUS)
+    systemd.stop("sound.service", GENEROUS)
+    assert systemd.state("sound.service").active == "inactive"
+    for unit in ("sound.service", "missing.service"):
+        systemd.stop(unit, GENEROUS)  # nothing to do
+
+
+def test_a_unit_that_does_not_stop(systemd: Systemd) -> None:
+    systemd.start("stubborn.service", GENEROUS)
+    with pytest.raises(SystemdFailed, match=r"^stubborn\.service did not stop within 0 s$"):
+        systemd.stop("stubborn.service", 0.2)
+    systemd.stop("stubborn.service", GENEROUS)
+
+
+def test_when_a_unit_became_active(systemd: Systemd) -> None:
+    systemd.start("sound.service", GENEROUS, restart=True)
+    first = systemd.state("sound.service").active_wall
+    assert abs(first - time.time()) < 3600
+    systemd.start("sound.service", GENEROUS, restart=True)
+    assert systemd.state("sound.service").active_wall > first
+
+
 def test_the_deadline(systemd: Systemd) -> None:
     failed = failure(systemd, "slow.service", 0.2)
     assert failed.result == "deadline"
@@ -266,6 +291,10 @@ def test_enable(systemd: Systemd, manager: Manager) -> None:
     with pytest.raises(UnitFailed, match="no such unit") as caught:
         systemd.enable("missing.service")
     assert caught.value.result == "not-found"
+    systemd.disable("wanted.service")
+    assert not link.is_symlink()
+    systemd.disable("wanted.service")
+    systemd.disable("missing.service")
 
 
 def test_masked(systemd: Systemd, manager: Manager) -> None:
