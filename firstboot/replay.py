@@ -53,6 +53,7 @@ def _core(opening: history.Opening) -> Assembly:
             options=json.loads(opening.options) if opening.options else OPTIONS[config.payload],
             rng=random.Random(opening.seed),  # noqa: S311  the recorded run's own numbers
             now=opening.now,
+            topology=opening.topology,
         )
     )
 

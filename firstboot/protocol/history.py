@@ -12,7 +12,7 @@ from typing import Any
 
 from firstboot.protocol import events, messages
 from firstboot.protocol.errors import RemoteError, UserError
-from firstboot.protocol.model import Channel, ClusterConfig, Issued, Self, Stored
+from firstboot.protocol.model import USUAL, Channel, ClusterConfig, Issued, Self, Stored, Topology
 from firstboot.protocol.record import dataclass
 
 EVENTS: dict[str, type[Any]] = {kind.__name__: kind for kind in events.Event.__args__}
@@ -34,6 +34,7 @@ class Opening:
     now: float
     wall_offset: float
     options: bytes = b""
+    topology: Topology = USUAL
 
 
 def opening_line(opening: Opening) -> str:

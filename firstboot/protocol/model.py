@@ -127,6 +127,21 @@ class ClusterConfig:
         return self.expect // 2 + 1
 
 
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Who connects to whom.
+
+    Up to `mesh` expected hosts everybody connects to everybody. In a larger formation a host keeps
+    to the `hubs` that stand best: those see everybody, so one of them will propose.
+    """
+
+    mesh: int = 16
+    hubs: int = 5
+
+
+USUAL = Topology()
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Ballot:
     """A proposal's number; the proposer's identity breaks ties."""

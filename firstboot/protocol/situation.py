@@ -13,6 +13,7 @@ from firstboot.protocol import election, events, messages
 from firstboot.protocol.hubs import Hubs
 from firstboot.protocol.model import (
     NEVER,
+    USUAL,
     Channel,
     ClusterConfig,
     Endpoint,
@@ -22,6 +23,7 @@ from firstboot.protocol.model import (
     Self,
     Stage,
     Stored,
+    Topology,
     Value,
 )
 from firstboot.protocol.peers import AddressBook, Company, Peer, standing
@@ -58,17 +60,11 @@ class Start:
     options: Mapping[str, str]
     rng: Random
     now: float
+    topology: Topology = USUAL
 
 
 class Situation:
-    """The state of one host. All attributes are for reading.
-
-    Up to `MESH` expected hosts everybody connects to everybody. In a larger formation a host keeps
-    to the `HUBS` that stand best: those see everybody, so one of them will propose.
-    """
-
-    MESH = 16
-    HUBS = 5
+    """The state of one host. All attributes are for reading."""
 
     def __init__(self, start: Start) -> None:
         config, me, stored, now = start.config, start.me, start.stored, start.now
@@ -78,9 +74,11 @@ class Situation:
         self.standing = standing(me.node_id, me.rank, able=me.eligible and me.voter)
         self.peers: dict[str, Peer] = {}
         self.company = Company(me.node_id)
-        large = config.expect > self.MESH
+        large = config.expect > start.topology.mesh
         self.book = AddressBook(4 * config.expect + 64, parks=large)
-        self.hubs = Hubs(self.HUBS, self.standing, self.company, self.book) if large else None
+        self.hubs = (
+            Hubs(start.topology.hubs, self.standing, self.company, self.book) if large else None
+        )
         self.mismatched: dict[str, Peer] = {}
         self.strangers: dict[str, str] = {}  # source -> kind, at most MAX_STRANGERS
         self.stranger_count = 0

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from firstboot.protocol.assembly import Assembly
+from firstboot.protocol.model import USUAL, Topology
 from tests.sim.boundaries import crashed
 from tests.sim.world import Faults, World, play
 
@@ -27,7 +28,7 @@ HUB_SIZES = (4, 5, 7, 9)  # the same of those that keep to hubs
 CHUNK = 50
 KEPT = 50  # failures of which a report holds the text
 _SUMS = ("seeds", "busy", "events", "stuck", "splits", "told", "outside", "boundaries", "failed")
-_HUBBED: dict[type[Assembly], type[Assembly]] = {}
+FEW_HUBS = Topology(mesh=3, hubs=2)
 TICK = 0.1  # seconds; how finely times are counted
 
 
@@ -183,14 +184,8 @@ def size_of(seed: int) -> int:
 
 def new_world(seed: int, core: type[Assembly] = Assembly) -> World:
     """The world of that seed, before anything happens: always the same."""
-    return World(seed, hosts=size_of(seed), core=_with_hubs(core) if seed % 4 == 3 else core)
-
-
-def _with_hubs(core: type[Assembly]) -> type[Assembly]:
-    """The same core, and small formations already keep to hubs."""
-    if core not in _HUBBED:
-        _HUBBED[core] = type(f"{core.__name__}WithHubs", (core,), {"MESH": 3, "HUBS": 2})
-    return _HUBBED[core]
+    topology = FEW_HUBS if seed % 4 == 3 else USUAL
+    return World(seed, hosts=size_of(seed), core=core, topology=topology)
 
 
 def world_of(seed: int) -> World:

@@ -118,11 +118,15 @@ class Host:
         world.witness.booted(self)
         self.core = world.make_core(me, self.disk.stored, issued, self.document)
         self.feed(DEADLINE)
-        if world.now < self.loops_until and self.core is not None:
+        if world.now < self.loops_until and self.up():
             boots = self.boots
             world.after(
                 world.rng.random() * 2.0, lambda: self.crash() if boots == self.boots else None
             )
+
+    def up(self) -> bool:
+        """Whether its process runs."""
+        return self.core is not None
 
     def crash(self) -> None:
         """Power cut: the process and everything not synced are gone."""

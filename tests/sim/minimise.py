@@ -16,7 +16,7 @@ from pathlib import Path
 from firstboot.payloads.rows import NONE
 from firstboot.protocol import events, history
 from firstboot.protocol.assembly import Assembly
-from firstboot.protocol.model import ClusterConfig, Issued, Self, Stored
+from firstboot.protocol.model import USUAL, ClusterConfig, Issued, Self, Stored, Topology
 from firstboot.protocol.situation import Start
 from tests.sim.campaign import new_world, size_of
 from tests.sim.faults import Faults, Occurrence
@@ -38,10 +38,12 @@ class Case:
     occurrences: tuple[Occurrence, ...]
     hits: tuple[Hit, ...]
     core: type[Assembly] = Assembly
+    topology: Topology = USUAL
 
     def world(self, kind: type[World] = World) -> World:
         """The world of that run, before anything happens."""
-        world = kind(self.seed, self.hosts, self.config, replace(self.faults), self.core)
+        faults = replace(self.faults)
+        world = kind(self.seed, self.hosts, self.config, faults, self.core, self.topology)
         last = len(world.hosts)
         world.occurrences = [o for o in self.occurrences if max(o.host, o.other, 0) < last]
         world.occurrences = [
@@ -179,7 +181,8 @@ def failing(seed: int, core: type[Assembly] = Assembly) -> tuple[Case, str] | No
     drawn = new_world(seed, core)  # as it was before its faults ended
     hosts = size_of(seed)
     planned = tuple(world.occurrences or ())
-    return Case(seed, drawn.config, hosts, drawn.faults, planned, hits, drawn.core), rule
+    case = Case(seed, drawn.config, hosts, drawn.faults, planned, hits, drawn.core, drawn.topology)
+    return case, rule
 
 
 # ---------------------------------------------------------------- what is shown of it
@@ -195,10 +198,11 @@ class Recording(World):
         seed, now = self.rng.getrandbits(48), _micro(self.now)
         lines = self.histories.setdefault(_index(me), [])
         known = tuple(issued)
-        opening = history.Opening(config, me, stored, known, seed, now, WALL)
+        opening = history.Opening(config, me, stored, known, seed, now, WALL, b"", self.topology)
         lines.append(history.opening_line(opening))
         recorded = _recorded(self.core, lines)
-        return recorded(Start(config, me, stored, known, NONE, {}, random.Random(seed), now))
+        rng = random.Random(seed)
+        return recorded(Start(config, me, stored, known, NONE, {}, rng, now, self.topology))
 
     @property
     def histories(self) -> dict[str, list[str]]:

@@ -15,9 +15,12 @@ from heapq import heappop, heappush
 from math import log
 from typing import Any
 
+from mypy_extensions import mypyc_attr
+
 from firstboot.protocol import events
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.model import (
+    USUAL,
     Channel,
     ClusterConfig,
     Endpoint,
@@ -25,6 +28,7 @@ from firstboot.protocol.model import (
     Profile,
     Self,
     Stored,
+    Topology,
 )
 from firstboot.protocol.plan import Payload, RolePlan, StartUnit
 from firstboot.protocol.situation import Start
@@ -51,6 +55,7 @@ PATIENCE = 110.0  # of the bound, how much is for those only that might still fo
 DEAD_AFTER = 15.0  # TCP notices a silent peer (TCP_USER_TIMEOUT)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)  # for `tests.sim.compiled`
 class World:
     """Everything outside the hosts."""
 
@@ -61,8 +66,9 @@ class World:
         config: ClusterConfig | None = None,
         faults: Faults | None = None,
         core: type[Assembly] = Assembly,
+        topology: Topology = USUAL,
     ) -> None:
-        self.seed = seed
+        self.seed, self.topology = seed, topology
         self.rng = random.Random(seed)
         self._luck = random.Random(seed + 0.5)  # of its own: a fault left out moves no delay
         # Drawn even if not used: what is chosen instead of drawn moves nothing else.
@@ -157,7 +163,7 @@ class World:
     ) -> Assembly:
         """The code under test."""
         rng = random.Random(self.rng.getrandbits(48))
-        start = Start(config, me, stored, tuple(issued), PAYLOAD, {}, rng, self.now)
+        start = Start(config, me, stored, tuple(issued), PAYLOAD, {}, rng, self.now, self.topology)
         return self.core(start)
 
     # ------------------------------------------------------------ network
