@@ -10,23 +10,18 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from firstboot.container_units import Units
 from firstboot.protocol.errors import FirstbootError, LocalError, UserError
 
 if TYPE_CHECKING:
-    from firstboot import units
     from firstboot.containers import Container
 
 Say = Callable[[str], None]
 OK, FAILED, USAGE = 0, 1, 64
-START_SECONDS = STOP_SECONDS = 120.0
-# A unit of Type=simple is active before its program has done anything: the time it must stay so.
-SETTLE_SECONDS = 3.0
-LOOK_SECONDS = 0.1
 SYSTEM_PACKAGE = ("auto", "build", "no", "yes")
 COLUMNS = ("container", "image", "command", "created", "state", "backend", "runtime")
 
@@ -83,13 +78,8 @@ def _install(options: argparse.Namespace, say: Say) -> int:
     if options.display:
         say(f"{options.image} would be installed as {name}; nothing was done.")
         return OK
-    host = _Host(options.root)
+    host = Units(options.root)
     present = containers.info(options.root, name)
-
-    def enable(container: Container) -> None:
-        host.reload()
-        if container.unit and host.systemd:
-            host.systemd.enable(container.unit)
 
     done = containers.install(
         options.root,
@@ -99,7 +89,7 @@ def _install(options: argparse.Namespace, say: Say) -> int:
         options.runtime,
         replace=False,
         rootfs=options.rootfs,
-        enable=enable,
+        enable=host.enable,
     )
     if present:
         say(f"{name} already present")
@@ -138,7 +128,7 @@ def _update(options: argparse.Namespace, say: Say) -> int:
 def _update_one(options: argparse.Namespace, name: str, values: dict[str, str], say: Say) -> None:
     from firstboot import containers
 
-    host = _Host(options.root)
+    host = Units(options.root)
     unit = f"{name}.service"
     with host.brought_back(unit):
         done = containers.update(
@@ -167,7 +157,7 @@ def _update_one(options: argparse.Namespace, name: str, values: dict[str, str], 
     say(f"{name}: updated and restarted")
 
 
-def _undo(root: Path, name: str, host: _Host, failure: FirstbootError) -> None:
+def _undo(root: Path, name: str, host: Units, failure: FirstbootError) -> None:
     from firstboot import containers
 
     unit = f"{name}.service"
@@ -185,7 +175,7 @@ def _undo(root: Path, name: str, host: _Host, failure: FirstbootError) -> None:
 def _rollback(options: argparse.Namespace, say: Say) -> int:
     from firstboot import containers
 
-    host, unit = _Host(options.root), f"{options.name}.service"
+    host, unit = Units(options.root), f"{options.name}.service"
     with host.brought_back(unit):
         done = containers.rollback(options.root, options.name, stop=partial(host.stop, unit))
         host.reload()
@@ -200,10 +190,9 @@ def _uninstall(options: argparse.Namespace, say: Say) -> int:
     from firstboot import containers
 
     found = containers.info(options.root, options.name)
-    host, unit = _Host(options.root), f"{options.name}.service"
-    if found and not found.preinstalled and found.unit and host.systemd:
-        host.systemd.stop(unit, STOP_SECONDS)
-        host.systemd.disable(unit)
+    host, unit = Units(options.root), f"{options.name}.service"
+    if found and not found.preinstalled and found.unit:
+        host.remove(unit)
     done = containers.uninstall(options.root, options.name)
     if not done.found:
         raise LocalError(f"{options.name} is not installed")
@@ -226,7 +215,7 @@ def _info(options: argparse.Namespace, say: Say) -> int:
     if found is None:
         raise LocalError(f"{options.name} is not installed")
     shown = {
-        **_row(found, _Host(options.root).state(found)),
+        **_row(found, Units(options.root).state(found)),
         "deployment": found.deployment,
         "previous": found.previous,
         "preinstalled": found.preinstalled,
@@ -242,7 +231,7 @@ def _info(options: argparse.Namespace, say: Say) -> int:
 def _list(options: argparse.Namespace, say: Say) -> int:
     from firstboot import containers
 
-    host = _Host(options.root)
+    host = Units(options.root)
     rows = [_row(c, host.state(c)) for c in containers.installed(options.root)]
     for wanted in options.filter:
         column, equals, value = wanted.partition("=")
@@ -269,74 +258,6 @@ def _lint(options: argparse.Namespace, say: Say) -> int:
     errors = sum(finding.error for finding in found)
     say(f"errors: {errors}, warnings: {len(found) - errors}")
     return FAILED if errors else OK
-
-
-# ---------------------------------------------------------------- the host's units
-
-
-@dataclass
-class _Host:
-    """The units of the host at `root`; `stopped` says whether `stop` had anything to stop."""
-
-    root: Path
-    stopped: bool = field(default=False, init=False)
-
-    @cached_property
-    def systemd(self) -> units.Systemd | None:
-        """This host's systemd; None for a tree, whose units nobody runs."""
-        if self.root != Path("/"):
-            return None
-        from firstboot import units
-
-        return units.Systemd()
-
-    def reload(self) -> None:
-        """Have systemd read all units again."""
-        if self.systemd:
-            self.systemd.reload()
-
-    def state(self, container: Container) -> str:
-        """As ``atomic containers list`` says it."""
-        if not container.unit:
-            return "no service"
-        active = self.systemd.state(container.unit).active if self.systemd else "inactive"
-        return {"active": "running", "failed": "failed"}.get(active, "inactive")
-
-    def stop(self, unit: str) -> None:
-        """Stop `unit` if it runs, or is about to."""
-        if self.systemd and self.systemd.state(unit).active not in ("inactive", "failed"):
-            self.stopped = True
-            self.systemd.stop(unit, STOP_SECONDS)
-
-    def start(self, unit: str) -> None:
-        """Start `unit` and see that it stays; an error says why it does not."""
-        if self.systemd is None:
-            return
-        self.systemd.start(unit, START_SECONDS)
-        first = self.systemd.state(unit)
-        until = time.monotonic() + SETTLE_SECONDS
-        while time.monotonic() < until:
-            time.sleep(LOOK_SECONDS)
-            now = self.systemd.state(unit)
-            if (now.active, now.active_wall) != (first.active, first.active_wall):
-                raise LocalError(f"{unit} did not stay up: {now.active} ({now.result})")
-
-    def brought_back(self, unit: str) -> _BroughtBack:
-        """A block at whose failure `unit` is started again if it was stopped in it."""
-        return _BroughtBack(self, unit)
-
-
-@dataclass(frozen=True)
-class _BroughtBack:
-    host: _Host
-    unit: str
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error and self.host.stopped and self.host.systemd:
-            self.host.reload()
-            self.host.systemd.start(self.unit, START_SECONDS)
 
 
 # ---------------------------------------------------------------- words

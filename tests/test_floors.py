@@ -52,7 +52,8 @@ UPPER = {
     "service": {*ADAPTERS, "carrier", "journal", "late", "payloads", "publisher"},
     "admission": {"host", "journal", "pki", "publisher", "service", "units", "userdata"},
     "words": {"host", "units", "userdata"},
-    "container_verbs": {"containers", "units"},
+    "container_units": {"containers", "units"},
+    "container_verbs": {"container_units", "containers"},
     "cli": {
         "admission",
         "container_verbs",

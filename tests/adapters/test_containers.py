@@ -303,6 +303,15 @@ def test_both_runtimes_offer_pid_files_and_systemd_cgroups(name: str) -> None:
     assert found.systemd_cgroup is (os.geteuid() == 0)
 
 
+def test_a_runtime_that_can_do_less(root: Path, tmp_path: Path) -> None:
+    """Without --pid-file and --systemd-cgroup it runs in the foreground, in systemd's cgroup."""
+    old = tmp_path / "old"
+    old.write_text("#!/bin/sh\n")
+    old.chmod(0o755)
+    containers.install(root, "web", build(tmp_path / "image", {"x": ""}), {}, str(old))
+    assert f"ExecStart={old} run 'web'\nExecStop={old} kill 'web'\n" in unit(root)
+
+
 def test_the_runtime_asked_for_is_used_and_kept(root: Path, plain: str) -> None:
     first = containers.install(root, "web", plain, {}, "crun")
     assert first.container.runtime.endswith("/crun")

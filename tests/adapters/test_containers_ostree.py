@@ -312,6 +312,75 @@ def test_an_image_that_is_there_is_not_imported_again(root: Path, repo: Path, pl
     assert config(root, 1)["process"]["args"] == ["run.sh", "other"]
 
 
+DIGEST = f"sha256:{'d' * 64}"
+
+
+def as_others_import(
+    repo: Path, tmp_path: Path, manifest: dict[str, Any], details: dict[str, str]
+) -> str:
+    """An image in the repository with two layers, ``a…`` below ``b…``; the commit of its branch."""
+    for letter, files in (("a", {**PLAIN, "below": "x", "both": "a"}), ("b", {"both": "b"})):
+        tree = tmp_path / letter
+        for name, content in files.items():
+            path = tree / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+        ostree(repo, "commit", f"--branch=ociimage/{letter * 64}", f"--tree=dir={tree}")
+    (tmp_path / "manifest").mkdir()
+    metadata = {"docker.manifest": json.dumps(manifest), **details}
+    argv = [f"--add-metadata-string={key}={value}" for key, value in metadata.items()]
+    branch = "--branch=ociimage/registry.example.com_2Fweb_3A1"
+    return ostree(repo, "commit", branch, f"--tree=dir={tmp_path / 'manifest'}", *argv).strip()
+
+
+LAYERS = [f"sha256:{letter * 64}" for letter in "ab"]
+MANIFESTS: dict[str, dict[str, Any]] = {
+    "schema 1": {"schemaVersion": 1, "fsLayers": [{"blobSum": x} for x in reversed(LAYERS)]},
+    "schema 2": {
+        "config": {"digest": f"sha256:{'c' * 64}"},
+        "layers": [{"digest": x} for x in LAYERS],
+    },
+    "inspected": {"Layers": LAYERS, "Digest": f"sha256:{'e' * 64}"},
+}
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_an_image_that_others_imported_is_used_without_its_registry(
+    root: Path, repo: Path, tmp_path: Path, kind: str
+) -> None:
+    commit = as_others_import(repo, tmp_path, MANIFESTS[kind], {"docker.digest": DIGEST})
+    done = install(root, "registry.example.com/web:1")
+    assert done.container.image_id == "d" * 64
+    assert json.loads((slot(root) / "info").read_text())["ostree-commit"] == commit
+    assert (slot(root) / "rootfs/both").read_text() == "b", "layers in their order"
+    assert (slot(root) / "rootfs/below").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"), [("schema 2", "c"), ("inspected", "e"), ("schema 1", "")]
+)
+def test_the_id_of_an_image_without_a_digest(
+    root: Path, repo: Path, tmp_path: Path, kind: str, found: str
+) -> None:
+    commit = as_others_import(repo, tmp_path, MANIFESTS[kind], {})
+    image_id = install(root, "registry.example.com/web:1").container.image_id
+    assert image_id == (found * 64 or commit)
+
+
+def test_an_image_that_lacks_a_layer_is_fetched(
+    root: Path, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_others_import(repo, tmp_path, MANIFESTS["schema 2"], {"docker.digest": DIGEST})
+    ostree(repo, "refs", "--delete", f"ociimage/{'b' * 64}")
+    skopeo = tmp_path / "bin/skopeo"
+    skopeo.parent.mkdir()
+    skopeo.write_text("#!/bin/sh\necho asked for $4 >&2; exit 1\n")
+    skopeo.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{skopeo.parent}:{os.environ['PATH']}")
+    with pytest.raises(ContainerError, match="skopeo failed: asked for "):
+        install(root, "registry.example.com/web:1")
+
+
 def test_a_layout_that_changed_is_imported_again(root: Path, repo: Path, tmp_path: Path) -> None:
     image = build(tmp_path / "image", PLAIN)
     old = install(root, image).container.image_id

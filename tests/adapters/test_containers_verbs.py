@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from firstboot import cli, container_verbs, containers
+from firstboot import cli, container_units, container_verbs, containers
 from firstboot.protocol.errors import LocalError
 from firstboot.units import UnitState
 from tests.adapters.oci_images import (
@@ -432,8 +432,8 @@ class Units:
 @pytest.fixture
 def units(root: Path, monkeypatch: pytest.MonkeyPatch) -> Units:
     double = Units(root)
-    monkeypatch.setattr(container_verbs._Host, "systemd", double)
-    monkeypatch.setattr(container_verbs, "SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr(container_units.Units, "systemd", double)
+    monkeypatch.setattr(container_units, "SETTLE_SECONDS", 0.2)
     return double
 
 

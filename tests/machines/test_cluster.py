@@ -94,10 +94,25 @@ def test_a_value_written_on_one_node_is_read_on_another(cluster: Rig) -> None:
     assert etcdctl(other, "get", "greeting", "--print-value-only") == "hello\n"
 
 
+ASK = """
+import ssl, sys, urllib.request
+context = ssl.create_default_context(cafile="/etc/etcd/ca.crt")
+if sys.argv[2:]:
+    context.load_cert_chain("/etc/etcd/client.crt", "/etc/etcd/client.key")
+print(urllib.request.urlopen(sys.argv[1], context=context, timeout=5).status)
+"""
+
+
 def test_etcd_refuses_who_has_no_certificate(cluster: Rig) -> None:
     node, master = by_role(cluster)["node"][0], by_role(cluster)["master"][0]
-    argv = ("curl", "-sk", "--max-time", "5", f"https://{master.address}:2379/health")
-    assert node.exec(*argv, check=False).returncode != 0
+    argv = ("python3", "-c", ASK, f"https://{master.address}:2379/health")
+    assert node.exec(*argv, "with its certificate").stdout == "200\n"
+    refused = node.exec(*argv, check=False)
+    assert refused.returncode != 0
+    assert (
+        "certificate required" in refused.stderr.lower()
+        or "bad certificate" in refused.stderr.lower()
+    )
 
 
 def test_nothing_resident_is_left(cluster: Rig) -> None:
