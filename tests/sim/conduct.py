@@ -8,6 +8,7 @@ must agree. The windows are checked on the world's own clock, not on what a host
     W3  a quorum is a majority of the voters that its proposer has met
     W4  nobody founds a cluster while it knows of too many voters for one
     I4  what depends on the disk is said only once it is there: the messages after ACTIVE
+    I6  a CA is destroyed only once it is on disk that it lost
     I7  one answer for one host and epoch, one name for one member
     I9  after CLOSE no bootstrap handshake succeeds, and nobody new is signed for
     L5  two running copies of one identity stop as soon as they meet
@@ -143,6 +144,14 @@ class Conduct:
             case messages.Granted(epoch=epoch):
                 done = (epoch, node_id) in host.disk.issued
                 self.must(done, "I7: certificates were handed out before they were journalled")
+
+    def dropped(self, host: Host, epoch: int) -> None:
+        """I6: no CA is destroyed up to that epoch before it is on disk that it is void."""
+        value = host.disk.stored.decided
+        void = value is not None and (value.active or epoch <= value.epoch)
+        if value is not None and value.founder.node_id == host.node_id:
+            void = epoch < value.epoch
+        self.must(void, "I6: a CA was dropped before its loss was on disk")
 
     def answered(self, host: Host, entry: Issued) -> None:
         """I7: the same request gets the same answer. I9: nobody new after CLOSE."""

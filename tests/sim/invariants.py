@@ -62,6 +62,15 @@ DESCRIBE_EVERY = 64  # events
 UNAUTHENTICATED = frozenset({events.PeerFound, events.StrangerSeen, events.ConnectFailed})
 
 
+def carries_on(new: Value, old: Value) -> bool:
+    """Whether the register may hold `new` once `old` was chosen: the same cluster, or a later one
+    if it was not yet ACTIVE.
+    """
+    if new.cluster_id == old.cluster_id:
+        return new.active or not old.active
+    return not old.active and new.epoch > old.epoch
+
+
 class Witness(Conduct):
     """Sees every durable write, message and unit start, and remembers what must agree."""
 
@@ -109,7 +118,7 @@ class Witness(Conduct):
             self.voters.add(host.node_id)
             if after.promised.node_id == host.node_id:
                 self._own[host.node_id] = after.promised
-            self._accepted(host.node_id, after)
+            self._accepted(host, after)
             if after.value is not None:
                 self.first_held.setdefault(after.value, host.world.now)
         self.kept(old, new)
@@ -124,13 +133,28 @@ class Witness(Conduct):
         again = messages.from_plain(Stored, messages.to_plain(stored))
         self.must(again == stored, "I11: the state does not parse back")
 
-    def _accepted(self, node_id: str, register: Register) -> None:
+    def _accepted(self, host: Host, register: Register) -> None:
         if register.value is None:
             return
         known = self.by_ballot.setdefault(register.accepted, register.value)
         same = known == register.value or self.copied
         self.must(same, "I5: two values accepted under one ballot")
-        self.acceptors.setdefault((register.accepted, register.value), set()).add(node_id)
+        holders = self.acceptors.setdefault((register.accepted, register.value), set())
+        if host.node_id not in holders:
+            holders.add(host.node_id)
+            self._overturned(host.world, register.accepted, register.value)
+
+    def _overturned(self, world: World, ballot: Ballot, value: Value) -> None:
+        """I5: what so many accepted that no quorum can miss it, later ballots only carry on."""
+        if self.copied:
+            return
+        enough = len(self.voters) - min(h.document.majority for h in world.hosts)
+        chosen = len(self.acceptors[ballot, value]) > enough
+        for (other, held), holders in self.acceptors.items():
+            if chosen and other > ballot:
+                self.must(carries_on(held, value), "I5: a chosen value was overturned")
+            elif other < ballot and len(holders) > enough:
+                self.must(carries_on(value, held), "I5: a chosen value was overturned")
 
     def _active(self, value: Value) -> None:
         self.active[value.cluster_id] = value.founder.node_id

@@ -369,6 +369,7 @@ class Host:
         if self._fails():
             self.feed(events.PersistFailed(0, NO_SPACE))
             return
+        self.world.witness.dropped(self, epoch)
         for old in [e for e in self.disk.authorities if e <= epoch]:
             del self.disk.authorities[old]
         for where in [w for w in self.disk.issued if w[0] <= epoch]:
