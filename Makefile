@@ -5,6 +5,7 @@
 # make sim        the simulator at length: SEEDS=500 JOBS=2
 # make chaos      real processes, killed, cut off and moved: RUNS=20 JOBS=2
 # make bench      how fast hosts form, beside serf and etcd: RUNS=30 BENCH_HOSTS='3 5 10' REPORT=build/bench/figures
+# make mutants    the core with one rule broken each must fail in the simulator; REPORT=path
 # make explore    every interleaving of three voters, in larger bounds than the tests'
 # make demo       watch HOSTS=3 machines become a cluster; KEEP=1 leaves them running
 # make image      the image the machines boot from, under build/image
@@ -16,7 +17,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup packages check test machines sim chaos bench explore demo image install lock clean
+.PHONY: help setup packages check test machines sim mutants chaos bench explore demo image install lock clean
 
 PREFIX ?= /usr
 DESTDIR ?=
@@ -111,13 +112,15 @@ chaos: setup
 	$(SUDO) $(VENV)/python -m tests.network.chaos --runs $(RUNS) --jobs $(JOBS) --seed $(SEED) \
 		$(if $(REPORT),--report $(REPORT))
 
+mutants: setup
+	$(VENV)/python -m tests.sim.mutants --jobs $(JOBS) $(if $(REPORT),--report $(REPORT))
+
 BENCH_HOSTS ?= 3 5 10
-REPORT ?= build/bench/figures
 bench: RUNS = 30
 bench: setup
 	SUDO="$(SUDO)" tests/bench/peers
-	$(SUDO) $(VENV)/python -m tests.bench --runs $(RUNS) --hosts $(BENCH_HOSTS) --report $(REPORT)
-	$(SUDO) $(VENV)/python -m tests.bench.phases | tee $(REPORT)-phases.txt
+	$(SUDO) $(VENV)/python -m tests.bench --runs $(RUNS) --hosts $(BENCH_HOSTS) --report $(or $(REPORT),build/bench/figures)
+	$(SUDO) $(VENV)/python -m tests.bench.phases | tee $(or $(REPORT),build/bench/figures)-phases.txt
 
 explore: setup
 	$(VENV)/python -m tests.spec
