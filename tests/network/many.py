@@ -12,10 +12,10 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tests.network.hosts import Host, Hosts
 from tests.network.rig import Network, call
@@ -68,7 +68,7 @@ def _row(what: str, numbers: Sequence[float], digits: int, *, total: bool = Fals
 def form(hosts: int, directory: Path, timeout: float) -> Figures:
     """One formation of that many; TimeoutError if not all run in that many seconds."""
     figures = Figures(hosts, os.cpu_count() or 1)
-    with Hosts(hosts, directory) as many:
+    with _room_for_neighbours(hosts * hosts), Hosts(hosts, directory) as many:
         began = time.time()
         many.start()
         left = dict(enumerate(many.all))
@@ -78,8 +78,25 @@ def form(hosts: int, directory: Path, timeout: float) -> Figures:
         for host in many.all:
             _tell_history(host, figures)
         for phase in PHASES:
-            figures.at[phase] = [_when(h.status, phase) - began for h in many.all]
+            # Whoever comes when all is decided never was in some of them.
+            rows = (p for h in many.all for p in h.status["timeline"] if p["what"] == phase)
+            figures.at[phase] = [round(float(row["at"]) - began, 3) for row in rows]
     return figures
+
+
+@contextmanager
+def _room_for_neighbours(number: int) -> Iterator[None]:
+    """All namespaces share one ARP table, of 1024 neighbours by default (arp(7)): else most are
+    lost."""
+    limits = [Path(f"/proc/sys/net/ipv4/neigh/default/gc_thresh{n}") for n in (3, 2)]
+    before = [path.read_text() for path in limits]
+    try:
+        for path, text in zip(limits, before, strict=True):
+            path.write_text(str(max(2 * number, int(text))))
+        yield
+    finally:
+        for path, text in zip(limits, before, strict=True):
+            path.write_text(text)
 
 
 def _reaper(left: dict[int, Host], figures: Figures) -> Callable[[], bool]:
@@ -113,10 +130,6 @@ def _tell_history(host: Host, figures: Figures) -> None:
     events = [json.loads(line).get("event") for line in path.read_text().splitlines()]
     figures.messages.append(events.count("MessageReceived"))
     figures.connections.append(events.count("Connected"))
-
-
-def _when(status: dict[str, Any], phase: str) -> float:
-    return next(float(p["at"]) for p in status["timeline"] if p["what"] == phase)
 
 
 def main() -> int:
