@@ -25,6 +25,8 @@ PROJECT = Path(__file__).parents[2]
 class Host:
     """One namespace's host: its files under `root`, its process while it runs."""
 
+    program: tuple[str, ...] = ("-m", "firstboot")  # what Python runs
+
     def __init__(self, network: Network, number: int, root: Path) -> None:
         self.network, self.number, self.root = network, number, root
         self.address = network.address(number)
@@ -45,7 +47,8 @@ class Host:
         with (self.root / "log").open("a") as log:
             self.process = self.network.popen(
                 self.number,
-                *(sys.executable, "-m", "firstboot", "run", "--root", self.root),
+                *(sys.executable, *self.program),
+                *("run", "--root", self.root),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=PROJECT,

@@ -1,4 +1,4 @@
-"""More hosts than connect to everybody, as processes: ``python -m tests.network.many`` has fifty."""
+"""More hosts than connect to everybody, as processes; ``python -m tests.network.many``: fifty."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def check(trail: Trail, lives: Collection[Life], told: Collection[str] = ()) -> 
     found = Findings()
     if not trail.wakings:
         return found
-    _one_cluster(trail, found, told)
+    _one_cluster(trail, lives, found, told)
     _nothing_before_active(trail, found)
     _ballots(trail, lives, found)
     _replies(trail, found)
@@ -58,10 +58,25 @@ def _short(value: Value) -> str:
     return f"{kind}({value.epoch}, {value.founder.node_id[:8]}, {value.cluster_id[:8]})"
 
 
-def _one_cluster(trail: Trail, found: Findings, told: Collection[str]) -> None:
+def _decided(trail: Trail, lives: Collection[Life]) -> Iterator[Value | None]:
+    """What anybody ever held for decided, or told others: from disks and messages as well, so that
+    a host that broke the rules is not believed to have kept them."""
+    yield from (life.state.decided for life in lives if life.state is not None)
+    yield from (w.found.decided for w in trail.wakings)
+    for moment in trail.moments:
+        yield moment.decided
+        yield moment.durable.decided
+        if isinstance(moment.event, events.MessageReceived):
+            match moment.event.message:
+                case messages.Hello(decided=value) | messages.Activated(value=value):
+                    yield value
+
+
+def _one_cluster(
+    trail: Trail, lives: Collection[Life], found: Findings, told: Collection[str]
+) -> None:
     """I1 and I2; where the promise does not reach, that a split is told."""
-    held = [m.durable.decided for m in trail.moments] + [m.decided for m in trail.moments]
-    active = {v for v in held if v is not None and v.active}
+    active = {v for v in _decided(trail, lives) if v is not None and v.active}
     quorums = [m.chosen[0] for m in trail.moments if m.chosen is not None]
     found.active = {v.cluster_id for v in active}
     found.voters = len(trail.voters)

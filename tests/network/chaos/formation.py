@@ -111,7 +111,7 @@ class Formation:
     """One run, in the network of a `Run` whose directory holds the hosts' files."""
 
     def __init__(self, plan: Plan, run: Run, stop: threading.Event) -> None:
-        self.plan, self.stop = plan, stop
+        self.plan, self.stop, self.patience = plan, stop, PATIENCE
         self.directory = run.directory
         self.network = Network(plan.hosts + plan.stranger, run)
         self.hosts = [self._host(n, f"h{n}") for n in range(1, plan.hosts + 1)]
@@ -152,7 +152,7 @@ class Formation:
         self._until(peace, self._quiet)
         self._make_peace()
         peace = self._now()
-        bound = LATE_PATIENCE if plan.late_multicast else PATIENCE + plan.grace
+        bound = LATE_PATIENCE if plan.late_multicast else self.patience + plan.grace
         running = self._until(peace + bound, self._settled)
         return self._outcome(peace, running)
 
