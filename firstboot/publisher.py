@@ -75,6 +75,13 @@ class Publisher:
             self._seen.add(what)
             self._timeline.append({"what": what, "at": round(time.time(), 6)})
 
+    def note(self, core: Assembly) -> bool:
+        """Note what has begun; whether the stage is another than the one that was told last."""
+        if core.enrolled:
+            self.mark("certificates")
+        self.mark(core.stage.value)
+        return core.stage.value != self.shown.get("stage")
+
     def publish(
         self, core: Assembly, providers: Iterable[Provider], **more: object
     ) -> dict[str, Any]:
@@ -82,9 +89,7 @@ class Publisher:
         now = status.describe(core, time.time() - time.monotonic())
         if now["sentence"] != self.shown.get("sentence"):
             self._since = time.time()
-        if core.enrolled:
-            self.mark("certificates")
-        self.mark(core.stage.value)
+        self.note(core)
         now |= {
             "since": self._since,
             "timeline": self._timeline,

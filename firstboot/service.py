@@ -37,6 +37,7 @@ from firstboot.transport import Transport
 from firstboot.userdata import Document
 
 RANK_WITHOUT_PREFERENCE = 1000
+PUBLISH_AFTER = 0.02  # seconds in which what changes within a stage is told at once
 
 
 class Service:
@@ -66,6 +67,7 @@ class Service:
         self._started = False
         self._leaving = False
         self._stopped = False
+        self._publishing: asyncio.TimerHandle | None = None
         self.moved = ""  # the address this host has now, should it not be the one it had
         self._watching: asyncio.Task[None] | None = None
         self.core: Assembly
@@ -226,6 +228,8 @@ class Service:
             await provider.start(me.endpoint, found, stranger)
 
     async def _end(self) -> None:
+        if self._publishing is not None and self._bug is None:
+            self._publish()
         if self._watching is not None:
             self._watching.cancel()
         for task in self._announcing.values():
@@ -267,9 +271,15 @@ class Service:
             for action in self.core.receive(event, now):
                 self._carry_out(action)
         self._history.flush()
-        self._publish()
+        if self.publisher.note(self.core):
+            self._publish()
+        elif self._publishing is None:
+            self._publishing = self._loop.call_later(PUBLISH_AFTER, self._publish)
 
     def _publish(self) -> dict[str, Any]:
+        if self._publishing is not None:
+            self._publishing.cancel()
+            self._publishing = None
         warnings = list(self.document.warnings)
         expiries = self.carrier.expiries
         return self.publisher.publish(
