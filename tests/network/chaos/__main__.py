@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -40,9 +41,16 @@ def main() -> int:
         report = campaign(seeds, options.jobs, options.keep, tell)
     except KeyboardInterrupt:
         return 130
-    print(report.text())
+    minutes = (time.monotonic() - began) / 60
+    how = (
+        f"seeds {seeds.start} to {seeds.stop - 1}, {options.jobs} at a time on {os.cpu_count()}"
+        f" cores: {minutes:.0f} minutes"
+    )
+    text = f"{how}\n{report.text()}"
+    print(text)
     if options.report is not None:
-        options.report.with_suffix(".txt").write_text(report.text() + "\n")
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        options.report.with_suffix(".txt").write_text(text + "\n")
         options.report.with_suffix(".json").write_text(report.json() + "\n")
     return 1 if report.violations else 0
 
