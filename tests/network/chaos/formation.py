@@ -7,7 +7,6 @@ is kept aside before it is gone: its votes count, so its history does.
 from __future__ import annotations
 
 import heapq
-import shutil
 import threading
 import time
 from collections import Counter
@@ -19,75 +18,17 @@ from typing import Any
 
 from firstboot.userdata import make_token
 from tests.machines.document import document
+from tests.network.chaos.host import Chaotic
 from tests.network.chaos.plan import FOR_GOOD, LATE_MULTICAST, STAGE_WAIT, Fault, Plan
-from tests.network.hosts import Host
 from tests.network.rig import Network
 from tests.network.run import Run
 
-RESTART = 1.0  # seconds after which a process that ended by itself is started again
 PATIENCE = 90.0  # seconds after peace, beside the grace period, in which all must run
 LATE_PATIENCE = 10.0  # the same where all that was missing is multicast
 
 
 class Stopped(Exception):
     """The campaign ends before its time."""
-
-
-class Chaotic(Host):
-    """A host that is killed, stopped, wiped and moved."""
-
-    def __init__(self, network: Network, number: int, root: Path) -> None:
-        super().__init__(network, number, root)
-        self.up = False  # whether systemd would have it running
-        self.gone = False  # for good
-        self.started = 0.0  # Unix time
-        self.wiped = 0
-        self.exits: list[str] = []
-
-    @property
-    def complete(self) -> bool:
-        """Whether firstboot is done here and systemd would not start it any more."""
-        return (self.root / "var/lib/firstboot/complete").exists()
-
-    def start(self) -> None:
-        self.up = True
-        if not self.complete:
-            self.started = time.time()
-            super().start()
-
-    def kill(self) -> None:
-        self.up = False
-        super().kill()
-
-    def wipe(self, aside: Path) -> None:
-        """Lose the disk: the next start is a new host's. What was on it is kept in `aside`."""
-        aside.mkdir(parents=True)
-        for name in ("var", "run", "log"):
-            if (self.root / name).exists():
-                shutil.move(self.root / name, aside / name)
-        (self.root / "run").mkdir()
-        shutil.rmtree(self.root / "etc/firstboot/pki", ignore_errors=True)
-        self.wiped += 1
-        (self.root / "etc/machine-id").write_text(f"{self.wiped:016x}{self.number:016x}\n")
-
-    def look(self) -> None:
-        """Note a process that ended by itself, and start it again."""
-        if not self.up or self.process is None or self.process.poll() is None:
-            return
-        if not self.complete or self.process.returncode != 0:
-            self.exits.append(f"host {self.number} exited with {self.process.returncode}")
-        if not self.complete and time.time() > self.started + RESTART:
-            self.start()
-
-    @property
-    def says(self) -> dict[str, Any]:
-        """The status of the process that runs now, or of one that was done; else empty."""
-        try:
-            path = self.root / "run/firstboot/status.json"
-            fresh = path.stat().st_mtime >= self.started
-            return self.status if fresh else {}
-        except FileNotFoundError:
-            return {}
 
 
 @dataclass
@@ -105,6 +46,7 @@ class Outcome:
     told: set[str]
     leaks: list[str]
     faults: Counter[str] = field(default_factory=Counter)
+    timely: Counter[str] = field(default_factory=Counter)  # those before all ran
 
 
 class Formation:
@@ -127,6 +69,7 @@ class Formation:
         self._ties = count()
         self._waiting: list[tuple[float, Fault]] = []  # kills that wait for a stage, till when
         self._faults: Counter[str] = Counter()
+        self._timely: Counter[str] = Counter()
         self._told: set[str] = set()
 
     def _host(self, number: int, name: str) -> Chaotic:
@@ -181,7 +124,7 @@ class Formation:
     def _settled(self) -> bool:
         for host in self.hosts:
             self._told |= {p["code"] for p in host.says.get("problems", ())}
-        return all(h.gone or h.says.get("stage") == "running" for h in self.hosts)
+        return all(h.gone or h.runs for h in self.hosts)
 
     def _make_peace(self) -> None:
         """End every fault, and have everybody up that is not gone for good."""
@@ -211,6 +154,7 @@ class Formation:
             told=self._told,
             leaks=self._leaks(),
             faults=self._faults,
+            timely=self._timely,
         )
 
     def _tracebacks(self) -> list[str]:
@@ -252,11 +196,16 @@ class Formation:
         def deed() -> None:
             if fault.stage:
                 self._waiting.append((self._now() + STAGE_WAIT, fault))
-            else:
-                self._faults[fault.kind] += 1
-                begin(fault)
+                return
+            if fault.kind not in ("kill", "wipe", "pause") or self.hosts[fault.host - 1].alive:
+                self._note(fault.kind)
+            begin(fault)
 
         return deed
+
+    def _note(self, kind: str) -> None:
+        self._faults[kind] += 1
+        self._timely[kind] += not all(h.gone or h.runs for h in self.hosts)
 
     def _strike(self) -> None:
         """Kill the first host that gets to the stage a kill waits for."""
@@ -265,7 +214,7 @@ class Formation:
             if there or self._now() > until:
                 self._waiting.remove((until, fault))
             if there:
-                self._faults["kill"] += 1
+                self._note("kill")
                 there[0].kill()
                 there[0].gone = fault.lasts >= FOR_GOOD
                 self._later(self._now() + fault.lasts, self._starter(there[0]))

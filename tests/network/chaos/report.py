@@ -20,6 +20,7 @@ class Report:
     clean: int = 0
     shapes: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
+    timely: Counter[str] = field(default_factory=Counter)
     checks: Counter[str] = field(default_factory=Counter)
     excused: Counter[str] = field(default_factory=Counter)
     ordeals: Counter[str] = field(default_factory=Counter)
@@ -36,6 +37,7 @@ class Report:
         self.clean += not verdict.wrong
         self.events += verdict.events
         self.faults += outcome.faults
+        self.timely += outcome.timely
         self.checks += found.checks
         self.excused += verdict.excused
         self.ordeals += verdict.ordeals
@@ -62,6 +64,7 @@ class Report:
             f"{self.runs} runs, {self.clean} as they must be, {len(self.violations)} violations",
             f"runs: {_counts(self.shapes)}",
             f"faults injected: {_counts(self.faults)}",
+            f"of those before all ran: {_counts(self.timely)}",
             f"before ACTIVE: {_counts(self.ordeals)}",
             f"came to: {_counts(self.outcomes)}",
             f"invariant checks: {_counts(self.checks)}, over {self.events} recorded events",
