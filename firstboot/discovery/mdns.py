@@ -257,6 +257,7 @@ class Responder:
         logging.getLogger("zeroconf").setLevel(logging.CRITICAL)
         self._sieve = sieve
         self._info = _service(context, own)
+        self._announcing: asyncio.Future[Any] | None = None
         try:
             self._zeroconf: Zeroconf = zeroconf.Zeroconf(interfaces=[own.host.partition("%")[0]])
         except (OSError, RuntimeError, zeroconf.Error) as error:
@@ -282,7 +283,9 @@ class Responder:
         """Register the service, which announces it at once, and ask for others."""
         self._zeroconf.async_add_listener(_listener(self._take), None)
         # The instance name is random, so there is nothing to probe for (RFC 6762, section 8.1).
-        await self._zeroconf.async_register_service(self._info, cooperating_responders=True)
+        self._announcing = asyncio.ensure_future(
+            await self._zeroconf.async_register_service(self._info, cooperating_responders=True)
+        )
         self._ask()
 
     async def speak(self) -> None:
@@ -297,6 +300,8 @@ class Responder:
 
         def forget() -> None:
             try:
+                if self._announcing is not None:
+                    self._announcing.cancel()  # or close() waits for its repetitions, 0.3 s
                 self._zeroconf.registry.async_remove(self._info)  # or close() says goodbye
             finally:
                 done.set()

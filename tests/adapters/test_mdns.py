@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import queue
@@ -24,6 +25,7 @@ from firstboot.discovery.mdns import (
     MAX_STRANGERS,
     MAX_TOLD,
     Heard,
+    Responder,
     Sieve,
     formation_text,
     parse_txt,
@@ -489,3 +491,13 @@ assert started == [] and ctypes.util.find_library is before
 assert any(ip.ip == "127.0.0.1" for a in ifaddr.get_adapters() for ip in a.ips), "it works"
 """
     subprocess.run([sys.executable, "-c", text], check=True, timeout=60)
+
+
+def test_closing_waits_for_no_repetition_of_what_was_announced() -> None:
+    own = Endpoint("127.0.0.1", 7443)
+    responder = Responder(CONTEXT, own, Told(own).sieve)
+    asyncio.run(responder.run(responder.begin))
+    announcing = responder._announcing
+    assert announcing is not None and not announcing.done(), "it is repeated later"
+    responder.close()
+    assert announcing.cancelled()
