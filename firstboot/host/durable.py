@@ -103,9 +103,15 @@ def _staged(directory: Path) -> tuple[int, str]:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what writers that crashed left in `directory`."""
-    for litter in directory.glob(f"{STAGED_PREFIX}*{STAGED_SUFFIX}"):
-        litter.unlink(missing_ok=True)
+    """Remove what writers that crashed left in `directory` and below."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, _, names in os.walk(directory, onerror=fail):
+        for name in names:
+            if name.startswith(STAGED_PREFIX) and name.endswith(STAGED_SUFFIX):
+                Path(folder, name).unlink(missing_ok=True)
 
 
 def make_directory(directory: Path, mode: int = 0o700) -> None:

@@ -11,6 +11,7 @@ first start the empty state is written before the identity key, so
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -69,8 +70,7 @@ class StateDirectory:
         with storage(f"prepare {self.path}"):
             for directory in (self.path, self._secrets, self._issued):
                 make_directory(directory, 0o700)
-            for directory in (self.path, *(p for p in self.path.rglob("*") if p.is_dir())):
-                sweep(directory)
+            sweep(self.path)
 
     # ------------------------------------------------------------ identity
 
@@ -121,7 +121,7 @@ class StateDirectory:
 
     def _has_history(self) -> bool:
         """Whether there is more than the empty state of a first start that was cut short."""
-        kept = (p for d in (self._secrets, self._issued) for p in d.rglob("*") if p.is_file())
+        kept = (names for d in (self._secrets, self._issued) for *_, names in os.walk(d))
         state = self._read_state()
         return self._lost.exists() or any(kept) or state not in (Stored(), _MISSING)
 
