@@ -75,7 +75,8 @@ class Plan:
     @property
     def late_multicast(self) -> bool:
         """Whether multicast, the only way to meet, begins to work late and is what all wait for."""
-        return self.discovery == "late" and self.peace <= LATE_MULTICAST and not self.mortal
+        in_time = self.peace <= LATE_MULTICAST and not self.mortal
+        return self.discovery == "late" and in_time and self.hosts >= self.expect
 
     def document_lines(self) -> dict[str, str]:
         """The document's lines beyond cluster, token and expect."""
