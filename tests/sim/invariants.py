@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from tests.sim.machine import Disk, Host
     from tests.sim.world import World
 
-DESCRIBE_EVERY = 64  # events
+DESCRIBE_EVERY = 256  # events
 UNAUTHENTICATED = frozenset({events.PeerFound, events.StrangerSeen, events.ConnectFailed})
 
 

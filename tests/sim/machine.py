@@ -77,6 +77,7 @@ class Host:
         self.channels: dict[tuple[str, Channel], tuple[int, Host]] = {}
         self.known: Value | None = None  # what `decided` was when the witness last looked
         self.alarm = INFINITY
+        self._found: events.PeerFound | None = None
         self._held: list[Event] = []  # what came during a pause
         self._deeds: deque[Callable[[], None]] = deque()
         self._persisting = False
@@ -92,6 +93,12 @@ class Host:
     def document(self) -> ClusterConfig:
         """The configuration it boots with."""
         return self.config or self.world.config
+
+    def found(self) -> events.PeerFound:
+        """What multicast tells of it."""
+        if self._found is None or self._found.endpoint is not self.endpoint:
+            self._found = events.PeerFound(self.endpoint, "mdns")
+        return self._found
 
     def boot(self) -> None:
         """Start the process from what is on disk."""

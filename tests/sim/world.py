@@ -177,7 +177,7 @@ class World:
         if self.blocked and (source.index, target.index) in self.blocked:
             self.count("partitioned")
             return True
-        return self.chance("lost", self.faults.loss)
+        return bool(self.faults.loss) and self.chance("lost", self.faults.loss)
 
     def send(self, source: Host, action: events.Send) -> None:
         """Carry one message, or lose it, or carry it twice; perhaps an old one again."""
@@ -189,7 +189,8 @@ class World:
         connection, target = there
         sender = source.node_id
         received = events.MessageReceived(sender, channel, action.message)
-        for _ in range(1 + self.chance("duplicated", self.faults.duplicate)):
+        twice = self.faults.duplicate and self.chance("duplicated", self.faults.duplicate)
+        for _ in range(2 if twice else 1):
             if not self.lost(source, target):
                 self.after(self.delay(), self._arrive, target, target.boots, connection, received)
         if self.faults.replays:
@@ -222,7 +223,7 @@ class World:
         def fail(reason: str, delay: float) -> None:
             source.later(delay, events.ConnectFailed(action.endpoint, action.channel, reason))
 
-        if action.endpoint in self.foreign:
+        if self.foreign and action.endpoint in self.foreign:
             return fail("token", 0.01)
         if target is None:
             return fail("timeout", 5.0)
@@ -309,15 +310,16 @@ class World:
         if self.now < self.faults.multicast_dead_until:
             self.count("multicast dead")
             return
-        here = events.PeerFound(host.endpoint, "mdns")
+        here = host.found()
         for other in self.hosts:
             if other is host or other.core is None or not other.core.open:
                 continue
             self._hear(host, other, here)
-            self._hear(other, host, events.PeerFound(other.endpoint, "mdns"))
+            self._hear(other, host, other.found())
 
     def _hear(self, told: Host, hearer: Host, found: events.PeerFound) -> None:
-        unlucky = self.chance("multicast lost", self.faults.multicast_loss)
+        loss = self.faults.multicast_loss
+        unlucky = loss and self.chance("multicast lost", loss)
         if not unlucky and not self.lost(told, hearer):
             hearer.later(self.delay(), found)
 
@@ -490,7 +492,7 @@ def _join_late(world: World, host: Host) -> None:
     """A host first booted when all is done: soon, or days later where nobody waits for it."""
     world.count("joiner")
     waits = any(h.core is not None for h in world.hosts)
-    world.run(world.now + world.rng.random() * (600.0 if waits else DAYS))
+    world.run(world.now + world.rng.random() * (120.0 if waits else DAYS))
     world.peace()
     host.absent, host.born = False, world.now
     host.boot()
