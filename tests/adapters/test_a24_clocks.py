@@ -20,6 +20,8 @@ from firstboot.host import StateDirectory
 from firstboot.protocol import events
 from firstboot.protocol.model import Member, Profile
 
+pytestmark = pytest.mark.scenario("A24")
+
 DAY = 86_400.0
 YEAR = 365 * DAY
 TRUE = carrier.RELEASED + 40 * DAY  # the right time when this cluster forms

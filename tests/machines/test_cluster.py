@@ -73,6 +73,7 @@ def cluster(token: str) -> Iterator[Rig]:
         yield rig
 
 
+@pytest.mark.scenario("A01")
 def test_exactly_one_master_and_every_host_runs(cluster: Rig) -> None:
     roles = by_role(cluster)
     assert {role: len(machines) for role, machines in roles.items()} == {"master": 1, "node": 2}
@@ -150,6 +151,7 @@ print(found)
 """
 
 
+@pytest.mark.scenario("A31")
 def test_the_token_is_nowhere_but_in_what_the_operator_wrote(cluster: Rig, token: str) -> None:
     for machine in cluster:
         found = machine.exec("python3", "-c", SEARCH, input=token).stdout
@@ -224,6 +226,7 @@ def test_a_unit_that_dies_for_good_is_told(cluster: Rig) -> None:
 # ---------------------------------------------------------------- three masters
 
 
+@pytest.mark.scenario("A30")
 def test_three_masters_are_one_etcd(launch: Launch) -> None:
     rig = launch(3, user_data(document(3, masters="3")))
     rig.start()
@@ -240,6 +243,7 @@ def test_three_masters_are_one_etcd(launch: Launch) -> None:
 # ---------------------------------------------------------------- who is missing, who is wrong
 
 
+@pytest.mark.scenario("A33")
 def test_two_of_three_wait_and_say_so_and_the_third_completes(launch: Launch) -> None:
     rig = launch(3, user_data(document(3)))
     rig.start(1, 2)
@@ -315,6 +319,7 @@ def test_garbage_user_data_leaves_an_unconfigured_host_and_the_others_form(launc
     assert "not configured" in page.stdout
 
 
+@pytest.mark.scenario("A20")
 def test_two_formations_on_one_bridge_are_two_clusters(launch: Launch) -> None:
     one, other = user_data(document(2)), user_data(document(2, formation="second"))
     rig = launch(4, one, overrides={3: other, 4: other})

@@ -22,7 +22,7 @@ from tests.machines.test_cluster import (
 )
 from tests.network.run import wait_until
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.scenario("A26")]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from firstboot.userdata import make_token
 from tests.machines.document import document
 from tests.network.hosts import Hosts
 
-pytestmark = pytest.mark.network
+pytestmark = [pytest.mark.network, pytest.mark.scenario("A21")]
 
 EVERYBODY = "[mdns, {static: [10.77.0.11, 10.77.0.12, 10.77.0.13, 10.77.0.14]}]"
 

@@ -24,7 +24,7 @@ from tests.machines.document import document
 from tests.network.hosts import PROJECT, Host, Hosts
 from tests.network.run import wait_until
 
-pytestmark = pytest.mark.network
+pytestmark = [pytest.mark.network, pytest.mark.scenario("A26")]
 
 DAYS = 90
 TOKEN = re.compile(r"fb1j(-[0-9a-z]{6}){6}")

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.network
 NONE = {"payload": "none"}
 
 
+@pytest.mark.scenario("A01")
 def test_three_hosts_form_over_mdns(tmp_path: Path) -> None:
     with Hosts(3, tmp_path) as hosts:
         hosts.start()
@@ -36,6 +37,7 @@ def test_three_hosts_form_over_mdns(tmp_path: Path) -> None:
             assert (host.root / "var/lib/firstboot/complete").exists()
 
 
+@pytest.mark.scenario("A31")
 def test_files_are_private_and_the_token_stays_where_it_was(tmp_path: Path) -> None:
     token = make_token()
     with Hosts(2, tmp_path, document(2, token, **NONE)) as hosts:
@@ -59,6 +61,7 @@ def test_files_are_private_and_the_token_stays_where_it_was(tmp_path: Path) -> N
             assert bool(authorities) == (host.status["role"] == "master")
 
 
+@pytest.mark.scenario("A12")
 def test_static_addresses_without_multicast(tmp_path: Path) -> None:
     listed = "[{static: [10.77.0.11, 10.77.0.12, '10.77.0.13:7443']}]"
     with Hosts(3, tmp_path, document(3, discovery=listed, **NONE)) as hosts:
@@ -68,6 +71,7 @@ def test_static_addresses_without_multicast(tmp_path: Path) -> None:
         assert len(hosts.clusters()) == 1
 
 
+@pytest.mark.scenario("A11")
 def test_multicast_that_comes_late(tmp_path: Path) -> None:
     with Hosts(3, tmp_path) as hosts:
         hosts.network.no_multicast()
@@ -94,6 +98,7 @@ def test_a_partition_forms_nothing_on_either_side_until_grace(tmp_path: Path) ->
         assert len(hosts.clusters()) == 1
 
 
+@pytest.mark.scenario("A06")
 def test_two_of_three_form_after_the_grace_period_and_the_third_joins(tmp_path: Path) -> None:
     with Hosts(3, tmp_path, document(3, election="{grace: 2s}", **NONE)) as hosts:
         hosts.start(1, 2)
@@ -117,6 +122,7 @@ def test_a_wrong_token_in_a_static_list_is_told(tmp_path: Path) -> None:
         assert hosts[3].status["cluster_id"] is None
 
 
+@pytest.mark.scenario("A19")
 def test_another_expect_is_told_on_both(tmp_path: Path) -> None:
     token = make_token()
     two, three = document(2, token, **NONE), document(3, token, **NONE)
@@ -128,6 +134,7 @@ def test_another_expect_is_told_on_both(tmp_path: Path) -> None:
         assert hosts.clusters() == {None}
 
 
+@pytest.mark.scenario("A22")
 def test_a_copied_disk_stops_both(tmp_path: Path) -> None:
     with Hosts(3, tmp_path) as hosts:
         hosts.start(1)
@@ -172,6 +179,7 @@ def test_an_address_that_changes_is_followed(tmp_path: Path) -> None:
         assert "10.77.0.61: starting anew" in hosts[1].log
 
 
+@pytest.mark.scenario("A28")
 def test_strangers_disturb_nobody(tmp_path: Path) -> None:
     with Hosts(3, tmp_path) as hosts:
         hosts.start(1, 2)
@@ -200,6 +208,7 @@ def test_strangers_disturb_nobody(tmp_path: Path) -> None:
         flood.communicate()
 
 
+@pytest.mark.scenario("A29")
 def test_after_close_the_bootstrap_channel_answers_nobody(tmp_path: Path) -> None:
     """A29: the founder is kept alive here by a member that never confirms."""
     with Hosts(2, tmp_path) as hosts:
@@ -243,6 +252,7 @@ def test_status_and_timeline_speak_at_every_phase(tmp_path: Path) -> None:
 RUNS = 20
 
 
+@pytest.mark.scenario("A13")
 @pytest.mark.parametrize("run", range(RUNS))
 def test_killed_at_any_moment_it_is_one_cluster(tmp_path: Path, run: int) -> None:
     """Every host is killed at its own random moment of the formation and restarted."""
