@@ -2,6 +2,7 @@
 # make check      format, lint, types, floors
 # make test       setup, the machine image, and every test there is
 # make machines   only the tests on real machines
+# make scenarios  the acceptance scenarios A01 to A33 by name, and a table of them
 # make sim        the simulator at length: SEEDS=500 JOBS=2
 # make chaos      real processes, killed, cut off and moved: RUNS=20 JOBS=2
 # make bench      how fast hosts form, beside serf and etcd: RUNS=30 BENCH_HOSTS='3 5 10' REPORT=build/bench/figures
@@ -17,7 +18,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup packages check test machines sim mutants chaos bench explore demo image install lock clean
+.PHONY: help setup packages check test machines scenarios sim mutants chaos bench explore demo image install lock clean
 
 PREFIX ?= /usr
 DESTDIR ?=
@@ -104,6 +105,9 @@ test: image
 
 machines: image
 	$(SUDO) $(VENV)/python -m pytest -m machine $(PYTEST_ARGS)
+
+scenarios: image
+	$(SUDO) $(VENV)/python -m pytest -v -m scenario $(PYTEST_ARGS)
 
 sim: setup
 	$(VENV)/python -m tests.sim --seeds $(SEEDS) --jobs $(JOBS)
