@@ -71,6 +71,8 @@ def _copy(layer: tarfile.TarFile, kept: tarfile.TarFile) -> None:
         ):
             continue
         entry.name = name
+        if entry.issym():
+            entry.mode = 0o777  # what the link on disk will have, whatever the archive says
         if entry.islnk():
             entry.linkname = entry.linkname.lstrip("/")
         content = layer.extractfile(entry) if entry.isreg() else None

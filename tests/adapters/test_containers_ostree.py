@@ -166,6 +166,7 @@ def test_layers_lie_over_one_another(root: Path, repo: Path, tmp_path: Path) -> 
     assert (rootfs / "empty/dir").is_dir()
     assert (rootfs / "bin/tool").stat().st_mode & 0o777 == 0o755
     assert not list(rootfs.rglob(".wh.*"))
+    ostree(repo, "fsck", "-q")
 
 
 def test_the_same_content_is_the_same_commit(tmp_path: Path) -> None:
@@ -194,6 +195,7 @@ def test_owners_attributes_and_odd_files(tmp_path: Path) -> None:
 
         attributes = {"SCHILY.xattr.user.a": "1", "SCHILY.xattr.user.b": "2"}
         add("/usr/bin/ping", b"ping", uid=7, gid=8, mode=0o4755, pax_headers=attributes)
+        add("soft", type=tarfile.SYMTYPE, linkname="usr", mode=0o644)
         add("./hard", type=tarfile.LNKTYPE, linkname="/usr/bin/ping")
         add("dev/null", type=tarfile.CHRTYPE, devmajor=1, devminor=3)
         add("run/pipe", type=tarfile.FIFOTYPE)
@@ -215,6 +217,7 @@ def test_owners_attributes_and_odd_files(tmp_path: Path) -> None:
         "user.b": b"2",
     }
     assert (out / "hard").samefile(ping)
+    assert (out / "soft").readlink() == Path("usr")
     assert {p.name for p in out.rglob("*") if not p.is_dir()} == {"ping", "hard"}
 
 

@@ -6,6 +6,8 @@ The images hold busybox. Its web server shares the machine's network and says wh
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,8 +97,26 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rig(images: Path) -> Iterator[Rig]:
-    with Rig(1, "#cloud-config\n", binds=(f"{images}:/images",)) as rig:
+def ostree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This computer's ostree with all it links against: the machines' image has none."""
+    top = tmp_path_factory.mktemp("ostree")
+    program = shutil.which("ostree")
+    if program is None:
+        pytest.fail("ostree missing: run 'make setup'")
+    linked = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    for path in {program, *re.findall(r"(/\S+) \(0x", linked)}:
+        shutil.copy(path, top)
+    (loader,) = top.glob("ld-*")
+    wrapper = f"#!/bin/sh\nexec /ostree-program/{loader.name} --library-path /ostree-program \\\n"
+    (top / "wrapper").write_text(wrapper + '    /ostree-program/ostree "$@"\n')
+    (top / "wrapper").chmod(0o755)
+    return top
+
+
+@pytest.fixture(scope="module")
+def rig(images: Path, ostree: Path) -> Iterator[Rig]:
+    binds = (f"{images}:/images", f"{ostree}:/ostree-program")
+    with Rig(1, "#cloud-config\n", binds=binds) as rig:
         rig.start()
         rig.ready()
         yield rig
@@ -320,3 +340,31 @@ def test_a_full_disk_halfway(machine: Machine, rig: Rig) -> None:
     until(rig, lambda: served(machine) == "version two", "with room again it is updated")
     containers(machine, "uninstall", "web")
     machine.exec("umount", "/var/lib/containers/atomic")
+
+
+def test_from_the_hosts_ostree_repository(machine: Machine, rig: Rig) -> None:
+    """The same life where the host has a repository: layers are shared, and nothing is copied."""
+    machine.exec("ln", "-s", "/ostree-program/wrapper", "/usr/local/bin/ostree")
+    machine.exec("mkdir", "-p", "/ostree")
+    machine.exec("ostree", "init", "--repo=/ostree/repo", "--mode=bare")
+    containers(machine, "install", "--name=web", "oci:/images/one")
+    program = "/var/lib/containers/atomic/web.{}/rootfs/bin/busybox"
+    count = machine.exec("stat", "-c", "%h", program.format(0)).stdout
+    assert int(count) == 2, "the repository's and the deployment's"
+    branches = machine.exec("ostree", "refs", "--repo=/ostree/repo").stdout.split()
+    assert "ociimage/_2Fimages_2Fone_3Alatest" in branches
+    assert len(branches) == 4, "the image, its configuration, two layers"
+    machine.exec("systemctl", "start", "web")
+    until(rig, lambda: served(machine) == "version one", "version one serves")
+    containers(machine, "update", "--rebase=oci:/images/two", "web")
+    until(rig, lambda: served(machine) == "version two", "version two serves")
+    assert int(machine.exec("stat", "-c", "%h", program.format(1)).stdout) == 3
+    said = containers(machine, "update", "--rebase=oci:/images/ends", "web", code=1)
+    assert "was rolled back" in said
+    until(rig, lambda: served(machine) == "version two", "version two serves still")
+    containers(machine, "update", "--rebase=oci:/images/one", "web")
+    containers(machine, "rollback", "web")
+    until(rig, lambda: served(machine) == "version two", "it is rolled back")
+    machine.exec("ostree", "fsck", "--quiet", "--repo=/ostree/repo", timeout=120)
+    containers(machine, "uninstall", "web")
+    assert machine.exec("ls", "/var/lib/containers/atomic").stdout == ""
