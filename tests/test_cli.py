@@ -455,3 +455,11 @@ def test_no_locale_breaks_a_status(tmp_path: Path, locale: str) -> None:
     )
     assert (done.returncode, done.stderr) == (2, b"")
     assert b"TOKEN_MISMATCH: Of a, b, c, " in done.stdout
+
+
+def test_what_was_said_before_a_mistake_is_not_lost(recording: Path) -> None:
+    recording.write_bytes(b"".join([*recording.read_bytes().splitlines(True)[:5], b"damage\n{}\n"]))
+    program = [sys.executable, "-m", "firstboot", "replay", str(recording)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 78 and b"line 6" in done.stderr
+    assert len(done.stdout.splitlines()) == 5
