@@ -460,6 +460,7 @@ def test_no_locale_breaks_a_status(tmp_path: Path, locale: str) -> None:
 def test_what_was_said_before_a_mistake_is_not_lost(recording: Path) -> None:
     recording.write_bytes(b"".join([*recording.read_bytes().splitlines(True)[:5], b"damage\n{}\n"]))
     program = [sys.executable, "-m", "firstboot", "replay", str(recording)]
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, check=False)
+    environment = {"PATH": os.environ["PATH"]}  # an unbuffered Python would hide the mistake
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, check=False)
     assert done.returncode == 78 and b"line 6" in done.stderr
     assert len(done.stdout.splitlines()) == 5
