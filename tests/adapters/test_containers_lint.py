@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -232,3 +233,13 @@ def test_one_line_each_and_the_exit_code(
     assert first.startswith("error root-readonly: config.json.template: ")
     assert second.startswith("warning maintainer: ")
     assert last == "errors: 1, warnings: 1"
+
+
+def test_the_page_names_every_rule() -> None:
+    page = (Path(__file__).parents[2] / "docs/containers.md").read_text()
+    told = page.partition("\nErrors, ")[2].partition("\n## ")[0]
+    errors, _, warnings = told.partition("Warnings: ")
+    for text, wanted in ((errors, True), (warnings, False)):
+        rules = {rule for rule, (error, _) in SPOILED.items() if error is wanted}
+        others = set() if wanted else {"git-status", "not-in-git", "unknown-export"}
+        assert set(re.findall(r"`([a-z-]+)`", text)) == rules | others

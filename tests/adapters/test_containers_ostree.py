@@ -476,6 +476,45 @@ def test_a_power_cut_during_an_import_leaves_no_half_image(memory: Path) -> None
         shutil.rmtree(root)
 
 
+FULL = """
+import subprocess, sys
+from pathlib import Path
+from firstboot import containers
+root, small, large = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+(root / "ostree").mkdir()
+subprocess.run(["ostree", f"--repo={root}/ostree/repo", "init", "--mode=bare"], check=True)
+containers.install(root, "web", small, {})
+before = (containers.info(root, "web"), sorted(p.name for p in root.glob("var/lib/*/*/*")))
+for name in ("web", "other"):
+    try:
+        containers.install(root, name, large, {})
+    except containers.ContainerError as error:
+        print(error)
+assert before == (containers.info(root, "web"), sorted(p.name for p in root.glob("var/lib/*/*/*")))
+fsck = ["ostree", f"--repo={root}/ostree/repo", "fsck", "-q"]
+subprocess.run(fsck, check=True, stdout=subprocess.DEVNULL)
+subprocess.run(["mount", "-o", "remount,size=32m", str(root)], check=True)
+print(containers.install(root, "web", large, {}).container.deployment)
+"""
+
+
+def test_a_full_disk_during_an_import(root: Path, plain: str, tmp_path: Path) -> None:
+    """The container in use stays, nothing is half there, and with room again it is installed."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: run `make test`")
+    big = tmp_path / "big"
+    big.write_bytes(os.urandom(4_000_000))
+    large = build(tmp_path / "large", PLAIN, {"big": big})
+    enter = f'mount -t tmpfs -o size=2m tmpfs "{root}" && exec "$@"'
+    argv = ["unshare", "-m", "sh", "-euc", enter, "sh", sys.executable, "-c", FULL]
+    done = subprocess.run([*argv, str(root), plain, large], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second, last = done.stdout.splitlines()
+    assert "No space left on device" in first
+    assert "No space left on device" in second
+    assert last == "/var/lib/containers/atomic/web.1"
+
+
 def test_a_container_runs_from_its_checkout(root: Path, repo: Path, tmp_path: Path) -> None:
     if not BUSYBOX.exists():
         pytest.fail(f"{BUSYBOX} missing: run 'make setup'")

@@ -113,6 +113,7 @@ ROWS = {
     "update: target wiped first": "_store::test_the_target_deployment_is_wiped_first",
     "update: the link is switched in one step": "_crashes::test_the_next_call_makes_good_a_power_cut_at_any_moment",
     "update: full disk": "machines/test_containers.py::test_a_full_disk_halfway",
+    "update: full disk, ostree": "_ostree::test_a_full_disk_during_an_import",
     "rollback toggles": "_verbs::test_rollback_goes_forth_and_back",
     "rollback: interrupted": "_crashes::test_an_interrupted_rollback_can_be_repeated",
     "uninstall": "machines/test_containers.py::test_uninstall",
