@@ -3,6 +3,10 @@
 Two sorts of fault: *occurrences* befall one host or link at one moment, *chances* are asked for
 at every message, write or dial. Both are recorded as they happen, so that a failing run can be
 run again with any of them left out (`tests/sim/minimise.py`).
+
+Elsewhere: wall clocks, of which the core has none (``tests/adapters/test_a24_clocks``); malformed
+and oversize frames, which the transport answers with a misbehaviour (``tests/fuzz``,
+``tests/adapters/test_transport``). All hosts of a run have one host name, as images do.
 """
 
 from __future__ import annotations

@@ -27,6 +27,59 @@ WALL = 1_800_000_000.0  # Unix time minus simulated time
 Hit = tuple[str, int]  # a chance, and the number of the try that came true
 
 
+# ---------------------------------------------------------------- worlds that a history can hold
+
+
+class Whole(World):
+    """Its cores live by whole microseconds and run the payload that replay knows."""
+
+    def make_core(
+        self, me: Self, stored: Stored, issued: list[Issued], config: ClusterConfig
+    ) -> Assembly:
+        """The core under test, to be replayed exactly."""
+        seed, now = self.rng.getrandbits(48), _micro(self.now)
+        known = tuple(issued)
+        opening = history.Opening(config, me, stored, known, seed, now, WALL, b"", self.topology)
+        core = self.whole(opening)
+        rng = random.Random(seed)
+        return core(Start(config, me, stored, known, NONE, {}, rng, now, self.topology))
+
+    def whole(self, opening: history.Opening) -> type[Assembly]:
+        """The class of a core whose clock is as coarse as a history."""
+        return _rounded(self.core, None)
+
+
+class Recording(Whole):
+    """Writes every host's history as `service` does, for ``firstboot replay``."""
+
+    def whole(self, opening: history.Opening) -> type[Assembly]:
+        """The same with a diary."""
+        lines = self.histories.setdefault(opening.me.boot.partition("-")[0], [])
+        lines.append(history.opening_line(opening))
+        return _rounded(self.core, lines)
+
+    @property
+    def histories(self) -> dict[str, list[str]]:
+        """Each host's lines, by its index."""
+        kept: dict[str, list[str]] = self.__dict__.setdefault("_histories", {})
+        return kept
+
+
+def _micro(now: float) -> float:
+    return round(now + 5e-7, 6)  # as precise as `service` measures, and never backwards
+
+
+def _rounded(core: type[Assembly], lines: list[str] | None) -> type[Assembly]:
+    class Rounded(core):  # type: ignore[valid-type,misc]
+        def receive(self, event: events.Event, now: float) -> list[events.Action]:
+            if lines is not None:
+                lines.append(history.event_line(event, _micro(now)))
+            done: list[events.Action] = super().receive(event, _micro(now))
+            return done
+
+    return Rounded
+
+
 @dataclass(frozen=True)
 class Case:
     """One run, with every fault chosen."""
@@ -83,6 +136,8 @@ class Minimiser:
 
     def __init__(self, case: Case, rule: str) -> None:
         self.case, self.rule, self.runs = case, rule, 0
+        # What a history can hold, unless the failure hangs on less than a microsecond.
+        self.kind = Whole if broken(case.world(Whole)) == rule else World
 
     def attempt(self, case: Case) -> bool:
         """Keep this smaller case if it still breaks the rule."""
@@ -90,7 +145,7 @@ class Minimiser:
             return False
         self.runs += 1
         try:
-            found = broken(case.world())
+            found = broken(case.world(self.kind))
         except Exception:  # noqa: BLE001  a combination that makes no world
             return False
         if found == self.rule:
@@ -186,47 +241,6 @@ def failing(seed: int, core: type[Assembly] = Assembly) -> tuple[Case, str] | No
 
 
 # ---------------------------------------------------------------- what is shown of it
-
-
-class Recording(World):
-    """Writes every host's history as `service` does, for ``firstboot replay``."""
-
-    def make_core(
-        self, me: Self, stored: Stored, issued: list[Issued], config: ClusterConfig
-    ) -> Assembly:
-        """The core under test, with a diary."""
-        seed, now = self.rng.getrandbits(48), _micro(self.now)
-        lines = self.histories.setdefault(_index(me), [])
-        known = tuple(issued)
-        opening = history.Opening(config, me, stored, known, seed, now, WALL, b"", self.topology)
-        lines.append(history.opening_line(opening))
-        recorded = _recorded(self.core, lines)
-        rng = random.Random(seed)
-        return recorded(Start(config, me, stored, known, NONE, {}, rng, now, self.topology))
-
-    @property
-    def histories(self) -> dict[str, list[str]]:
-        """Each host's lines, by its index."""
-        kept: dict[str, list[str]] = self.__dict__.setdefault("_histories", {})
-        return kept
-
-
-def _index(me: Self) -> str:
-    return me.boot.partition("-")[0]
-
-
-def _micro(now: float) -> float:
-    return round(now + 5e-7, 6)  # as precise as `service` measures, and never backwards
-
-
-def _recorded(core: type[Assembly], lines: list[str]) -> type[Assembly]:
-    class Recorded(core):  # type: ignore[valid-type,misc]
-        def receive(self, event: events.Event, now: float) -> list[events.Action]:
-            lines.append(history.event_line(event, _micro(now)))
-            done: list[events.Action] = super().receive(event, _micro(now))
-            return done
-
-    return Recorded
 
 
 def explain(case: Case, rule: str, directory: Path) -> list[str]:
