@@ -37,6 +37,7 @@ MAX_BYTES = 64 * 1024
 MAX_TEXT = 1024
 MAX_BLOB = 8 * 1024
 MAX_PEERS = 64
+MAX_ENDPOINTS = 1024  # remembered as checked
 Reader = Callable[[Any], Any]  # of JSON's types; ValueError or TypeError if they do not fit
 MAX_ITEMS = 32
 MAX_PLACES = 200  # members whose addresses fit into a message beside a master's certificates
@@ -316,7 +317,10 @@ def to_plain(thing: Any) -> Any:
         if isinstance(thing, StrEnum):
             return thing.value
         names = _NAMES[kind] = tuple(f.name for f in fields(thing))
-    return {name: to_plain(getattr(thing, name)) for name in names}
+    return {
+        name: item if type(item := getattr(thing, name)) in _AS_THEY_ARE else to_plain(item)
+        for name in names
+    }
 
 
 def from_plain(kind: Any, plain: Any) -> Any:
@@ -361,14 +365,26 @@ def _tuple_reader(kind: Any) -> Reader:
 
 def _dataclass_reader(kind: type[Any]) -> Reader:
     hints = typing.get_type_hints(kind)
-    readers = {f.name: _reader(hints[f.name]) for f in fields(kind)}
+    readers = [(f.name, _reader(hints[f.name])) for f in fields(kind)]
+    names = {name for name, _ in readers}
 
     def read(plain: Any) -> Any:
-        require(isinstance(plain, dict), "expected an object")
-        require(plain.keys() == readers.keys(), "fields do not match")
-        return kind(**{name: readers[name](item) for name, item in plain.items()})
+        require(isinstance(plain, dict) and plain.keys() == names, "fields do not match")
+        return kind(*[reader(plain[name]) for name, reader in readers])
 
     return read
+
+
+def _read_endpoint(plain: Any) -> Endpoint:
+    """Checking an address takes long, and every Hello names all that its sender knows."""
+    require(isinstance(plain, dict) and plain.keys() == {"host", "port"}, "fields do not match")
+    place = _read_text(plain["host"]), _read_int(plain["port"])
+    known = _ENDPOINTS.get(place)
+    if known is None:
+        if len(_ENDPOINTS) >= MAX_ENDPOINTS:
+            _ENDPOINTS.clear()
+        known = _ENDPOINTS[place] = Endpoint(*place)
+    return known
 
 
 def _read_bytes(plain: Any) -> bytes:
@@ -405,4 +421,5 @@ _SCALARS: dict[Any, Reader] = {
     bool: _read_bool,
     str: _read_text,
 }
-_READERS: dict[Any, Reader] = dict(_SCALARS)
+_ENDPOINTS: dict[tuple[str, int], Endpoint] = {}
+_READERS: dict[Any, Reader] = {**_SCALARS, Endpoint: _read_endpoint}

@@ -47,6 +47,7 @@ class Transport:
         self._tasks: set[asyncio.Task[None]] = set()
         self._strangers = Strangers(self._limits, self._tell)
         self._closing = False
+        self._encoded: tuple[messages.Message | None, bytes] = None, b""
 
     async def start(self, host: str, port: int) -> int:
         """Listen there ("" for every address, 0 for any port); the port. LocalError if taken."""
@@ -117,7 +118,9 @@ class Transport:
         if tunnel is None:
             return
         try:
-            tunnel.send(messages.encode(message))
+            if message is not self._encoded[0]:  # a Hello goes to everybody
+                self._encoded = message, messages.encode(message)
+            tunnel.send(self._encoded[1])
         except ssl.SSLError:  # the peer has ended TLS, and reading is about to tell
             self._drop(key, tunnel)
         if tunnel.unsent > self._limits.unsent:

@@ -398,3 +398,15 @@ def test_an_address_is_an_address_and_nothing_more(host: str) -> None:
     enrol = {"t": "enrol", "epoch": 1, "csr": "", "key": "0" * 64, "name": "a", "host": host}
     with pytest.raises(RemoteError):
         decode(json.dumps(enrol).encode())
+
+
+def test_endpoints_are_remembered_within_a_bound_and_only_sound_ones() -> None:
+    for number in range(messages.MAX_ENDPOINTS + 100):
+        host, port = f"10.1.{number % 250}.{number // 250}", 1 + number
+        read = messages.from_plain(Endpoint, {"host": host, "port": port})
+        assert read == Endpoint(host, port)
+        assert len(messages._ENDPOINTS) <= messages.MAX_ENDPOINTS
+    for foul in ({"host": "10.0.0.999", "port": 1}, {"host": "10.0.0.1", "port": 0}):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"."):
+                messages.from_plain(Endpoint, foul)
