@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from firstboot import host, pki
 from firstboot.protocol import events, plan, status
 from firstboot.protocol.assembly import Assembly
+from firstboot.protocol.credentials import Leaf
 from firstboot.protocol.errors import FirstbootError, LocalError, RemoteError
 from firstboot.protocol.messages import Certificate, Granted, from_plain, to_plain
 from firstboot.protocol.model import Channel, Issued, Member, Profile, Role
@@ -81,6 +82,7 @@ class Carrier:
 
     def _make_authority(self, epoch: int) -> events.Event:
         name = f"authority/{epoch}"
+        self._prepare(founder=True)
         try:
             saved = self.directory.get(f"{name}.json")
             if saved is None:
@@ -103,7 +105,13 @@ class Carrier:
             return events.PersistFailed(0, str(error))
         return None
 
+    def _prepare(self, *, founder: bool) -> None:
+        """Keys for the payload's own certificates take long: begin while others are waited for."""
+        if self.core.payload.signers and not self.core.stored.finished:
+            self.supply.prepare(self.core.payload, founder=founder)
+
     def _make_request(self) -> events.Event:
+        self._prepare(founder=False)
         try:
             key = self.directory.get(HOST_KEY)
             if key is None:
@@ -249,12 +257,16 @@ class Carrier:
 
         core, value = self.core, self.core.decided
         assert value is not None
-        leaves = plan.make_leaves(core.payload, value, member, core.config.cluster, core.options)
+
+        def rows(one: Member) -> tuple[Leaf, ...]:
+            return plan.make_leaves(core.payload, value, one, core.config.cluster, core.options)
+
         return Order(
             core.payload,
             value.fingerprint,
             member,
-            leaves,
+            rows(member),
+            tuple(leaf for leaf in rows(value.founder) if leaf.shared),
             master=value.role_of(member.node_id) is Role.MASTER,
             founder=value.founder.node_id == member.node_id,
         )
@@ -329,6 +341,8 @@ class Carrier:
     def cancel(self) -> None:
         """End whatever step is under way: the process was told to stop."""
         self._cancelled.set()
+        if self._supply is not None:
+            self._supply.close()
         if self._systemd is not None:
             self._systemd.cancel()
 

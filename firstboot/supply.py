@@ -8,10 +8,12 @@ number is given twice; each is on disk before the certificate that has it exists
 from __future__ import annotations
 
 import json
+import os
 import re
+import threading
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from firstboot.protocol.plan import Payload
 
 MAX_ANSWERS = 16  # times a member may ask with new keys
 MAX_SERIAL_FILE = 256
+KEY_THREADS = 4
 KEYS, HELD, AUTHORITY, SERIALS = (
     f"payload/{name}.json" for name in ("keys", "held", "authority", "serials")
 )
@@ -33,12 +36,16 @@ KEYS, HELD, AUTHORITY, SERIALS = (
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What one member gets: `leaves` are its rows, filled in; `masters` see what is shared."""
+    """What one member gets: `leaves` are its rows, filled in.
+
+    `shared` are the rows all masters share, filled in for the founding one, which makes them.
+    """
 
     payload: Payload
     fingerprint: str
     member: Member
     leaves: tuple[Leaf, ...]
+    shared: tuple[Leaf, ...]
     master: bool
     founder: bool
 
@@ -64,6 +71,21 @@ class Supply:
 
     def __init__(self, root: Path, directory: host.StateDirectory) -> None:
         self.root, self.directory = root, directory
+        self._keys = Keys()
+
+    def prepare(self, payload: Payload, *, founder: bool) -> None:
+        """Begin to make the keys that will be needed: a node's, or all of the founding master's."""
+        if self.directory.get(AUTHORITY if founder else KEYS) is not None:
+            return  # a host that was started again has made them
+        bits = [ca.LEAF_BITS] * len(payload.node.leaves)
+        if founder:
+            count = len(payload.master.leaves) + len(payload.pairs)
+            bits = [*(s.bits for s in payload.signers), *[ca.LEAF_BITS] * count]
+        self._keys.prepare(bits)
+
+    def close(self) -> None:
+        """Stop making keys."""
+        self._keys.close()
 
     # ------------------------------------------------------------ on every host
 
@@ -86,7 +108,7 @@ class Supply:
         keys: dict[str, str] = saved["keys"]
         missing = [name for name in names if name not in keys]
         if missing:
-            keys |= zip(missing, _make_keys([ca.LEAF_BITS] * len(missing)), strict=True)
+            keys |= zip(missing, self._keys.take([ca.LEAF_BITS] * len(missing)), strict=True)
             self._save(KEYS, fingerprint, {"keys": keys})
         return keys
 
@@ -241,30 +263,32 @@ class Supply:
         return signed
 
     def _authority(self, order: Order, now: float) -> dict[str, Any]:
-        """The signers, pairs and shared certificates; made and on disk at the first call."""
+        """The signers this order needs and, for a master, what masters share: made once, on disk.
+
+        A node needs one signer only, and need not wait until a large key of another is made.
+        """
         saved = self._load(AUTHORITY, order.fingerprint)
-        if saved is not None:
+        if saved is None:
+            self.directory.drop("payload/issued/")
+            self._save(SERIALS, order.fingerprint, {"last": {}})
+            saved = {"signer": {}, "key": {}, "leaf": {}}
+        new = [s for s in order.signers if s.name not in saved["signer"]]
+        shared = [f for f in order.shared if order.master and f.name not in saved["leaf"]]
+        pairs = [p for p in order.payload.pairs if order.master and p not in saved["key"]]
+        if not (new or shared or pairs):
             return saved
-        self.directory.drop("payload/issued/")
-        self._save(SERIALS, order.fingerprint, {"last": {}})
-        payload = order.payload
-        shared = [leaf for leaf in order.leaves if leaf.shared]
-        names = [*(s.name for s in payload.signers), *payload.pairs, *(f.name for f in shared)]
-        bits = [s.bits for s in payload.signers] + [ca.LEAF_BITS] * (
-            len(payload.pairs) + len(shared)
-        )
-        keys = dict(zip(names, _make_keys(bits), strict=True))
-        crts = {
-            s.name: ca.make_signer(s, keys[s.name].encode(), now).decode() for s in payload.signers
-        }
-        authority: dict[str, Any] = {"signer": crts, "key": keys}
-        for signer in payload.signers:
+        names = [*(s.name for s in new), *(f.name for f in shared), *pairs]
+        bits = [s.bits for s in new] + [ca.LEAF_BITS] * (len(shared) + len(pairs))
+        saved["key"] |= zip(names, self._keys.take(bits), strict=True)
+        for signer in new:
             self._clear(signer)
-        asked = {f.name: ca.make_leaf_request(keys[f.name].encode(), f) for f in shared}
-        signed = self._sign(payload, authority, shared, asked, order.fingerprint, now)
-        authority["leaf"] = {name: b64encode(der).decode() for name, der in signed.items()}
-        self._save(AUTHORITY, order.fingerprint, authority)
-        return authority
+            key = saved["key"][signer.name].encode()
+            saved["signer"][signer.name] = ca.make_signer(signer, key, now).decode()
+        asked = {f.name: ca.make_leaf_request(saved["key"][f.name].encode(), f) for f in shared}
+        signed = self._sign(order.payload, saved, shared, asked, order.fingerprint, now)
+        saved["leaf"] |= {name: b64encode(der).decode() for name, der in signed.items()}
+        self._save(AUTHORITY, order.fingerprint, saved)
+        return saved
 
     # ------------------------------------------------------------ serial numbers
 
@@ -332,10 +356,46 @@ class Supply:
         self.directory.put(name, json.dumps({"cluster": fingerprint, **plain}).encode())
 
 
-def _make_keys(bits: Sequence[int]) -> list[str]:
-    """RSA keys, made side by side: making one does not hold the interpreter's lock."""
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        return [key.decode() for key in pool.map(ca.make_rsa, bits)]
+class Keys:
+    """RSA keys, made side by side, and ahead of time: it takes long, and does not block Python."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._stock: dict[int, list[Future[bytes]]] = {}
+        self._lock = threading.Lock()
+
+    def prepare(self, bits: Sequence[int]) -> None:
+        """Begin to make keys of these sizes, unless as many are on their way."""
+        with self._lock:
+            for size in sorted(set(bits), reverse=True):
+                stock = self._stock.setdefault(size, [])
+                while len(stock) < bits.count(size):
+                    stock.append(self._begin(size))
+
+    def take(self, bits: Sequence[int]) -> list[str]:
+        """Keys of these sizes, each given out once."""
+        with self._lock:
+            first = sorted(range(len(bits)), key=lambda i: -bits[i])  # the slowest begin first
+            found: dict[int, Future[bytes]] = {}
+            for i in first:
+                stock = self._stock.get(bits[i])
+                found[i] = stock.pop(0) if stock else self._begin(bits[i])
+        return [found[i].result().decode() for i in range(len(bits))]
+
+    def close(self) -> None:
+        """Make no more; what is being made is thrown away."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, size: int) -> Future[bytes]:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(KEY_THREADS, "keys", initializer=_behind_the_rest)
+        return self._pool.submit(ca.make_rsa, size)
+
+
+def _behind_the_rest() -> None:
+    """Forming the cluster goes before: on Linux a thread has a priority of its own."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
 
 
 def _named(items: Sequence[Item], wanted: Sequence[str], what: str) -> dict[str, bytes]:

@@ -311,7 +311,11 @@ def _why_not(
     """What is wrong with a certificate, or nothing. Parsing errors pass through."""
     if leaf.issuer != issuer.subject or not _signed_by(leaf, issuer):
         return f"is not signed by the {signer.name}"
-    if leaf.public_key() != public:
+    theirs = leaf.public_key()  # keys themselves are compared since cryptography 40 only
+    if (
+        not isinstance(theirs, rsa.RSAPublicKey)
+        or theirs.public_numbers() != public.public_numbers()
+    ):
         return "is for another key"
     if leaf.subject != _subject(row):
         return "is for another name"

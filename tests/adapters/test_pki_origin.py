@@ -86,7 +86,9 @@ class Host:
         options = {**OPTIONS["origin"], "origin_public_hostname": "www.example.org"}
         leaves = make_leaves(ORIGIN, value, self.member, "demo", options)
         master = self.role is Role.MASTER
-        return Order(ORIGIN, fingerprint, self.member, leaves, master, self.founder)
+        shared = make_leaves(ORIGIN, value, masters[0], "demo", options)
+        shared = tuple(leaf for leaf in shared if leaf.shared)
+        return Order(ORIGIN, fingerprint, self.member, leaves, shared, master, self.founder)
 
     @property
     def certificate(self) -> bytes:
@@ -283,6 +285,13 @@ def test_keys_are_pkcs1_and_service_account_keys_a_pair(cluster: tuple[Host, Hos
     assert public.startswith(b"-----BEGIN PUBLIC KEY-----\n")
     made = openssl("rsa", "-pubout", data=pem(master, "serviceaccounts.private.key"))
     assert made.encode() == public
+
+
+def test_a_node_may_be_the_first_to_apply(tmp_path: Path) -> None:
+    master, node = Host(tmp_path / "m", 1, Role.MASTER, True), Host(tmp_path / "n", 2, Role.NODE)
+    get(node, master)
+    get(master, master)
+    assert leaf(master, "admin").subject.rfc4514_string().startswith("CN=system:admin")
 
 
 # ---------------------------------------------------------------- serial numbers

@@ -161,7 +161,8 @@ def _host() -> Iterator[Step]:
     # Every host resolves every member's name, whatever DNS there is.
     yield WriteBlock("/etc/hosts", "@{hosts}")
     yield WriteFile("/etc/sysctl.d/99-openshift.conf", _file("sysctl.conf"))
-    yield SetKernel("net.ipv4.ip_forward", "1")
+    # Without it Origin's network refuses to start; else docker sees to it.
+    yield SetKernel("net.ipv4.ip_forward", "1", when="${ovs_here}")
     yield WriteFile(
         "/etc/dnsmasq.d/origin-dns.conf", _file("dnsmasq.conf"), restarts="dnsmasq.service"
     )
@@ -199,7 +200,7 @@ def _node_files(when: str) -> Iterator[Step]:
     ):
         yield MakeDirectory(path, when=when)
     # /run is new at every boot, and a minimal image has no time zone.
-    yield WriteFile("/etc/tmpfiles.d/origin-node.conf", "d /run/secrets 0755 root root - -\n")
+    yield WriteFile("/etc/tmpfiles.d/firstboot-origin.conf", "d /run/secrets 0755 root root - -\n")
     yield WriteFile("/etc/localtime", "", keep=True, when=when)
     dns = _file("node-dnsmasq.conf")
     yield WriteFile(f"{NODE_DIRECTORY}/node-dnsmasq.conf", dns, when=when)
