@@ -63,21 +63,20 @@ def _copy(layer: tarfile.TarFile, kept: tarfile.TarFile) -> None:
     top.type, top.mode = tarfile.DIRTYPE, 0o755
     kept.addfile(top)
     for entry in layer:
-        name = entry.name.lstrip("/")
+        name = entry.name
         if ".." in name.split("/"):
             raise ContainerError(f"The layer has a file outside of it: {entry.name!r}")
         if name in ("", ".") or not (
             entry.isreg() or entry.isdir() or entry.issym() or entry.islnk()
         ):
             continue
-        entry.name = name
         if entry.issym():
             entry.mode = 0o777  # what the link on disk will have, whatever the archive says
-        if entry.islnk():
-            entry.linkname = entry.linkname.lstrip("/")
         content = layer.extractfile(entry) if entry.isreg() else None
         if entry.isreg():
             entry.type = tarfile.REGTYPE  # sparse ones are read in full
-        # The reader on the other side turns their order around, and ostree hashes them sorted.
-        entry.pax_headers = dict(sorted(entry.pax_headers.items(), reverse=True))
+        # The reader on the other side turns their order around, and ostree hashes them sorted. All
+        # other headers follow from the entry.
+        given = {k: v for k, v in entry.pax_headers.items() if k.startswith(XATTR)}
+        entry.pax_headers = dict(sorted(given.items(), reverse=True))
         kept.addfile(entry, content)

@@ -179,11 +179,13 @@ def test_the_same_content_is_the_same_commit(tmp_path: Path) -> None:
         _, document = manifest_of(image)
         commits.add(ostree(repo, "rev-parse", f"ociimage/{document['layers'][0]['digest'][7:]}"))
     assert len(commits) == 1
+    assert "Date:  1970-01-01" in ostree(repo, "show", commits.pop())
 
 
 def test_owners_attributes_and_odd_files(tmp_path: Path) -> None:
     """What a layer may hold and ostree's tar reader stumbles over."""
     raw = io.BytesIO()
+    long = f"usr/{'x' * 150}/ü{'y' * 150}"
     with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as tar:
 
         def add(name: str, content: bytes = b"", **facts: Any) -> None:
@@ -195,6 +197,7 @@ def test_owners_attributes_and_odd_files(tmp_path: Path) -> None:
 
         attributes = {"SCHILY.xattr.user.a": "1", "SCHILY.xattr.user.b": "2"}
         add("/usr/bin/ping", b"ping", uid=7, gid=8, mode=0o4755, pax_headers=attributes)
+        add(long, b"long")
         add("soft", type=tarfile.SYMTYPE, linkname="usr", mode=0o644)
         add("./hard", type=tarfile.LNKTYPE, linkname="/usr/bin/ping")
         add("dev/null", type=tarfile.CHRTYPE, devmajor=1, devminor=3)
@@ -218,7 +221,12 @@ def test_owners_attributes_and_odd_files(tmp_path: Path) -> None:
     }
     assert (out / "hard").samefile(ping)
     assert (out / "soft").readlink() == Path("usr")
-    assert {p.name for p in out.rglob("*") if not p.is_dir()} == {"ping", "hard"}
+    assert (out / long).read_text() == "long"
+    assert {p.name for p in out.rglob("*") if not p.is_dir()} == {
+        "ping",
+        "hard",
+        long.rpartition("/")[2],
+    }
 
 
 def test_an_empty_layer(root: Path, repo: Path, tmp_path: Path) -> None:
