@@ -160,7 +160,7 @@ def _duration(text: str) -> float:
 
 
 def _run(root: Path) -> int:
-    gc.disable()  # what is made until the service listens is no garbage; looking costs 5 %
+    gc.disable()  # what is made on the way to the network is no garbage; looking costs 5 %
     try:
         with late_patterns():
             from firstboot import service

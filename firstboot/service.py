@@ -121,6 +121,9 @@ class Service:
         self._make_core(me, known)
         self.carrier = Carrier(self.root, self.directory, self.transport, self.core)
         self.publisher.mark("network")
+        if not gc.isenabled():
+            gc.freeze()  # modules and the like stay; what comes now is looked through again
+            gc.enable()
         await self.transport.start("", endpoint.port)
         self._started = True
         if facts.endpoint is not None:
@@ -153,6 +156,7 @@ class Service:
         if facts.endpoint is not None or (wanted.config.expect == 1 and not wanted.late):
             return facts  # a cluster of one needs no network
         where = wanted.interface or wanted.cidr
+        gc.enable()  # this may take days
         self.publisher.waiting_for_address(wanted.config.cluster, where)
         waiting = asyncio.ensure_future(host.wait_for_address(wanted.interface, wanted.cidr))
         stop = asyncio.ensure_future(self._wake.wait())
@@ -211,8 +215,6 @@ class Service:
         credentials = bootstrap.credentials(key)
         self.transport.set_channel(Channel.BOOTSTRAP, credentials, pki.node_id_of_certificate)
         self.publisher.mark("listening")
-        gc.freeze()  # modules and the like stay; what comes now is looked through again
-        gc.enable()
         context = Context(bootstrap.tag, document.formation_id, me.boot, self.admits)
 
         def stranger(kind: str, source: str) -> None:

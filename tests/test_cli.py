@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -340,6 +341,19 @@ def test_run_without_a_document_ends_well(firstboot: Firstboot, tmp_path: Path) 
     assert (code, out) == (0, "")
     assert "This host is not configured: " in one_line(error)
     assert firstboot("status", "--root", tmp_path)[:1] == (0,)
+
+
+def test_the_garbage_collector_rests_only_during_a_start(
+    firstboot: Firstboot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def find(_root: Path) -> None:
+        seen.append(gc.isenabled())
+
+    monkeypatch.setattr(userdata, "find", find)
+    assert firstboot("run", "--root", tmp_path)[0] == 0
+    assert seen == [False] and gc.isenabled()
 
 
 def test_run_with_a_bad_document_is_78_and_says_so_ever_after(

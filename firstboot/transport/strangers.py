@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from firstboot.protocol import events
+from firstboot.protocol import events, record
 from firstboot.transport.tunnel import Tunnel
 
 _MAX_SOURCES = 1024  # addresses remembered
 
 
-@dataclass(frozen=True, slots=True)
+@record.dataclass(frozen=True, slots=True)
 class Limits:
     """The bounds of the channel. Times are seconds, sizes bytes, rates per second."""
 
