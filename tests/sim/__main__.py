@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
+from tests.sim import world
 from tests.sim.campaign import Report, campaign, narrated
 from tests.sim.minimise import minimised
 
@@ -29,7 +32,7 @@ def main() -> int:
         print("\n".join(narrated(options.narrate)))
         return 0
     if options.minimise is not None:
-        print("\n".join(minimised(options.minimise, options.into / f"seed-{options.minimise}")))
+        print("\n".join(_minimised(options.minimise, options.into)))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     tell = _Teller(options.seeds).tell
@@ -38,13 +41,22 @@ def main() -> int:
     if options.report is not None:
         report.write(options.report)
     for seed in sorted(report.bad)[:MINIMISED]:
-        directory = options.into / f"seed-{seed}"
-        lines = minimised(seed, directory)
-        print(f"\nseed {seed}, minimised; replay {directory}/host-*.jsonl:")
+        lines = _minimised(seed, options.into)
+        print(f"\nseed {seed}, minimised; replay {options.into}/seed-{seed}/host-*.jsonl:")
         print("\n".join(lines[: lines.index("") if "" in lines else None]))
     if report.failed:
         return 1
     return 0 if report.seeds == options.seeds else 130
+
+
+def _minimised(seed: int, into: Path) -> list[str]:
+    """The compiled core has no diary: the sources from which it was made run the same events."""
+    if Path(str(world.__file__)).suffix == ".py":
+        return minimised(seed, into / f"seed-{seed}")
+    argv = [sys.executable, "-m", "tests.sim", "--minimise", str(seed), "--into", str(into)]
+    sources = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(argv, env=sources, capture_output=True, text=True)
+    return [*done.stdout.splitlines(), *done.stderr.splitlines()]
 
 
 class _Teller:

@@ -25,6 +25,8 @@ L2    Below the quorum the status has the numbers and names who was there and is
 L3    Started again after ACTIVE, a host changes nothing (drawn for a share of the runs).
 ====  ==============================================================================================
 
+W1-W4, L4 and L5, the windows and what comes after ACTIVE, are in `conduct`.
+
 **The promise** holds while 2q > V: q is the smallest quorum a value was chosen with, V the number
 of voter identities that ever voted. A re-created disk is another identity. A disk set back to a
 snapshot is one more voter as well, for it forgot what it promised - unless it had already used a
