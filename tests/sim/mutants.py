@@ -1,7 +1,7 @@
 """The core, the host and the disk with one rule broken each; the campaign must notice every one.
 
 ``python -m tests.sim.mutants`` (``make mutants``) looks for the first seed at which it does, and
-prints the score. What breaks is the docstring; `within` is how many seeds the test gives it.
+prints the score. What breaks is the docstring.
 
 Not here, since nothing can tell them from the core, so that a sharper one stands for each:
 
@@ -60,7 +60,6 @@ class Mutant:
 
     name: str
     breaks: str
-    within: int  # seeds after which the test gives up
     core: type[Assembly] = Assembly
     place: Any = None
     attribute: Any = ""
@@ -82,18 +81,16 @@ class Mutant:
 MUTANTS: list[Mutant] = []
 
 
-def mutant(
-    name: str, at: tuple[Any, Any] | None = None, within: int = 200
-) -> Callable[[Thing], Thing]:
+def mutant(name: str, at: tuple[Any, Any] | None = None) -> Callable[[Thing], Thing]:
     """Enlist a core, a host, or what is to stand at that attribute (or key) of a place."""
 
     def decorated(thing: Thing) -> Thing:
         breaks = (thing.__doc__ or "").strip()
         if isinstance(thing, type) and issubclass(thing, Assembly):
-            MUTANTS.append(Mutant(name, breaks, within, thing))
+            MUTANTS.append(Mutant(name, breaks, thing))
         else:
             place, attribute = at or (world, "Host")
-            MUTANTS.append(Mutant(name, breaks, within, Assembly, place, attribute, thing))
+            MUTANTS.append(Mutant(name, breaks, Assembly, place, attribute, thing))
         return thing
 
     return decorated
@@ -154,7 +151,7 @@ class VotesInMemory(Assembly):
         super().__init__(replace(start, stored=replace(start.stored, register=Register())))
 
 
-@mutant("vote after losing the votes", within=1000)
+@mutant("vote after losing the votes")
 class VotesAgain(Assembly):
     """A host whose state file was lost votes as if it had never voted."""
 
@@ -195,7 +192,7 @@ def _lax(config: ClusterConfig, *, in_grace: bool, voters_seen: int) -> int:
     return config.expect if in_grace else max(config.majority, voters_seen // 2 + 1)
 
 
-@mutant("overlaunch ignored", at=(election, "overlaunched"), within=1000)
+@mutant("overlaunch ignored", at=(election, "overlaunched"))
 def _never_too_many(config: ClusterConfig, **_: object) -> bool:
     """Too many voters for one cluster are no reason to stop."""
     return False
@@ -227,7 +224,7 @@ class CountsVotersByAddress(Assembly):
         return election.quorum(self.config, in_grace=self.in_grace, voters_seen=seen)
 
 
-@mutant("copies of one identity go on", within=1000)
+@mutant("copies of one identity go on")
 class IgnoresCopies(Assembly):
     """Two running copies of one disk take each other for themselves."""
 
@@ -262,7 +259,7 @@ class ClockSetForward(WallClock):
     step = 3.15e7
 
 
-@mutant("wall clock in a window, set back", within=1000)
+@mutant("wall clock in a window, set back")
 class ClockSetBack(WallClock):
     """Grace is measured by a clock that is set right, a year back, 3 s after the start."""
 
@@ -278,7 +275,7 @@ class Impatient(Assembly):
 
 HASTE = "A candidate master is replaced after 2 s without a word."
 MUTANTS.append(
-    Mutant("replace without silence", HASTE, 50, Assembly, voter, "MASTER_SILENT", instead=2.0)
+    Mutant("replace without silence", HASTE, Assembly, voter, "MASTER_SILENT", instead=2.0)
 )
 
 
@@ -315,7 +312,7 @@ def _promises_any(register: Register, ballot: Ballot) -> Register | None:
     return replace(register, promised=ballot)
 
 
-@mutant("accept below promise", at=(election, "accept"), within=1000)
+@mutant("accept below promise", at=(election, "accept"))
 def _accepts_any(register: Register, ballot: Ballot, value: Value) -> Register | None:
     """A promise does not keep a host from accepting a lower ballot."""
     if ballot < register.accepted:
@@ -338,7 +335,7 @@ def _last_ballot(register: Register, seen: int, node_id: str) -> Ballot:
     return Ballot(max(register.promised.number, register.accepted.number, seen), node_id)
 
 
-@mutant("ballots without a tie-breaker", at=(election, "next_ballot"), within=1000)
+@mutant("ballots without a tie-breaker", at=(election, "next_ballot"))
 def _nobodys(register: Register, seen: int, _node_id: str) -> Ballot:
     """Two hosts may propose under the same ballot."""
     number = max(register.promised.number, register.accepted.number, seen) + 1
@@ -352,21 +349,21 @@ def _founds_anyway(this: Round) -> bool:
     return this.purpose is Purpose.FOUND or (this.purpose is not Purpose.READ and base)
 
 
-@mutant("change another value than the base", at=(Round, "changes"), within=1000)
+@mutant("change another value than the base", at=(Round, "changes"))
 def _changes_anyway(this: Round) -> bool:
     """REPLACE and ACTIVATE do not look whether the value is still the one they start from."""
     empty = this.found() is None
     return empty if this.purpose is Purpose.FOUND else this.purpose is not Purpose.READ
 
 
-@mutant("take an older accepted value", at=(Round, "found"), within=2000)
+@mutant("take an older accepted value", at=(Round, "found"))
 def _oldest(this: Round) -> Value | None:
     """Of several accepted values the one with the lowest ballot is proposed again."""
     held = [p for p in this.promises.values() if p.value is not None]
     return min(held, key=lambda p: p.accepted).value if held else None
 
 
-@mutant("refusals counted as promises", within=1000)
+@mutant("refusals counted as promises")
 class CountsRefusals(Assembly):
     """Who answers at all has promised."""
 
@@ -376,7 +373,7 @@ class CountsRefusals(Assembly):
         super()._on_formation_message(sender, message)
 
 
-@mutant("count acceptances of another ballot", within=1000)
+@mutant("count acceptances of another ballot")
 class CountsOldAcceptances(Assembly):
     """An acceptance of an earlier ballot counts for the present one."""
 
@@ -409,7 +406,7 @@ class ActivatesAlone(Assembly):
             super()._start_round(purpose, base)
 
 
-@mutant("activate without reading back", within=1000)
+@mutant("activate without reading back")
 class ActivatesUnread(Assembly):
     """A candidate takes its own register for that of a quorum when it moves to ACTIVE."""
 
@@ -452,7 +449,7 @@ class KeepsAuthority(Assembly):
         pass
 
 
-@mutant("another CA each time", within=1000)
+@mutant("another CA each time")
 class MakesAuthorityAnew(Host):
     """Asked again for an epoch's CA, the host makes a second one."""
 
@@ -483,7 +480,7 @@ class AnswersAnew(Host):
         super()._sign(replace(action, member=replace(action.member, name=name)))
 
 
-@mutant("enrolment not idempotent: a second key", at=(Roster, "decide"), within=1000)
+@mutant("enrolment not idempotent: a second key", at=(Roster, "decide"))
 def _signs_any_key(
     roster: Roster, config: ClusterConfig, value: Value, node_id: str, request: Enrol, *where: Any
 ) -> Member | str:
@@ -567,7 +564,7 @@ class LeavesEarly(Assembly):
         return True
 
 
-@mutant("note before it is on disk", within=1000)
+@mutant("note before it is on disk")
 class NotesEarly(Assembly):
     """A repeated Confirmed is answered though the first is not yet on disk."""
 
@@ -607,7 +604,7 @@ class AsksOnce(Assembly):
             self._enrol_at = float("inf")
 
 
-@mutant("ACTIVE told once", within=1000)
+@mutant("ACTIVE told once")
 class TellsOnce(Assembly):
     """A member that missed the master's ACTIVE is not told again."""
 
@@ -616,7 +613,7 @@ class TellsOnce(Assembly):
             super()._tell_unconfirmed()
 
 
-@mutant("failed step not repeated", within=1000)
+@mutant("failed step not repeated")
 class StopsAtFailure(Assembly):
     """A unit that failed to start is not started again."""
 
@@ -634,7 +631,7 @@ def _stays_rejected(core: Assembly, event: events.CertificatesRejected) -> None:
     core.denied = event.reason
 
 
-@mutant("conflict not told", within=2000)
+@mutant("conflict not told")
 class KeepsQuiet(Assembly):
     """A master that meets another ACTIVE cluster of its formation says nothing."""
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from firstboot.protocol.assembly import Assembly
@@ -44,16 +43,16 @@ def objection(seed: int, core: type[Assembly] = Assembly) -> str:
     return ""
 
 
-def hunt(index: int, seeds: int | None = None) -> Verdict:
-    """Try seeds on that mutant, in order, until one kills it; by default as many as the test's."""
+def hunt(job: tuple[int, range]) -> Verdict:
+    """Try those seeds on the mutant of that number, in order, until one kills it."""
+    index, seeds = job
     mutant = MUTANTS[index]
-    tries = mutant.within if seeds is None else seeds
     with mutant.applied() as core:
-        for seed in range(tries):
+        for tried, seed in enumerate(seeds, start=1):
             found = objection(seed, core)
             if found:
-                return Verdict(mutant.name, mutant.breaks, found, seed, seed + 1)
-    return Verdict(mutant.name, mutant.breaks, "", None, tries)
+                return Verdict(mutant.name, mutant.breaks, found, seed, tried)
+    return Verdict(mutant.name, mutant.breaks, "", None, len(seeds))
 
 
 def spared(seeds: Iterable[int]) -> list[str]:
@@ -90,8 +89,8 @@ class Score:
         ]
         lines = [
             f"mutants killed: {dead} of {every}, {100 * dead // every} %",
-            f"control: the core itself over seeds 0 to {self.control_seeds - 1}: "
-            f"{len(self.control)} violations",
+            f"control: the core itself on all {self.control_seeds} seeds that were tried:"
+            f" {len(self.control)} violations",
             *self.control[:5],
             "",
             *table([head, *rows]),
@@ -106,16 +105,21 @@ def table(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def score(
-    seeds: int | None, pool: Executor, jobs: int, tell: Callable[[Verdict], object] = lambda _: None
+    seeds: list[range],
+    pool: Executor,
+    jobs: int,
+    tell: Callable[[Verdict], object] = lambda _: None,
 ) -> Score:
-    """Hunt every mutant; then the core over the seeds that were needed, in parts for `jobs`."""
-    verdicts = []
-    for verdict in pool.map(partial(hunt, seeds=seeds), range(len(MUTANTS))):
+    """Hunt every mutant on its seeds; then the core on all that were tried, in parts for `jobs`."""
+    verdicts: list[Verdict] = []
+    tried: set[int] = set()
+    for verdict, mine in zip(pool.map(hunt, enumerate(seeds)), seeds, strict=True):
         tell(verdict)
         verdicts.append(verdict)
-    most = max(v.tried for v in verdicts)
-    parts = pool.map(spared, (range(n, most, 4 * jobs) for n in range(4 * jobs)))
-    return Score(verdicts, most, [line for part in parts for line in part])
+        tried.update(mine[: verdict.tried])
+    control = sorted(tried)
+    parts = pool.map(spared, (control[n :: 4 * jobs] for n in range(4 * jobs)))
+    return Score(verdicts, len(tried), [line for part in parts for line in part])
 
 
 def report(done: Score, split: Rates) -> str:
@@ -143,7 +147,7 @@ def main() -> int:
         print(f"{time.monotonic() - started:5.0f} s  {verdict.mutant}: {fate}", file=sys.stderr)
 
     with ProcessPoolExecutor(options.jobs) as pool:
-        done = score(options.seeds, pool, options.jobs, tell)
+        done = score([range(options.seeds)] * len(MUTANTS), pool, options.jobs, tell)
         split = rates(options.runs, pool)
     text = report(done, split)
     print(text)
