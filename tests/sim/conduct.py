@@ -11,8 +11,8 @@ must agree. The windows are checked on the world's own clock, not on what a host
     I6  a CA is destroyed only once it is on disk that it lost
     I7  one answer for one host and epoch, one name for one member
     I9  after CLOSE no bootstrap handshake succeeds, and nobody new is signed for
-    L5  two running copies of one identity stop as soon as they meet
     L4  the master closes once all have confirmed, and leaves not before
+    L5  two running copies of one identity stop as soon as they meet
 """
 
 from __future__ import annotations
