@@ -35,13 +35,10 @@ from unittest import mock
 from firstboot.protocol import assembly, election, enrolment, events, messages, voter
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.election import Purpose, Round
-from firstboot.protocol.enrolment import Roster
-from firstboot.protocol.messages import Enrol
 from firstboot.protocol.model import (
     Ballot,
     Channel,
     ClusterConfig,
-    Member,
     Register,
     Stored,
     Value,
@@ -480,18 +477,21 @@ class AnswersAnew(Host):
         super()._sign(replace(action, member=replace(action.member, name=name)))
 
 
-@mutant("enrolment not idempotent: a second key", at=(Roster, "decide"))
-def _signs_any_key(
-    roster: Roster, config: ClusterConfig, value: Value, node_id: str, request: Enrol, *where: Any
-) -> Member | str:
-    """A host that is enrolled may have another key signed."""
-    known = roster.issued.get(node_id) or roster.pending.get(node_id)
-    if known is not None:
-        request = replace(request, key=known.key)
-    return _decide(roster, config, value, node_id, request, *where)
+@mutant("enrolment not idempotent: a second key")
+class SignsAnyKey(Host):
+    """A host makes a new key at every start, and its master signs for any."""
 
+    def boot(self) -> None:
+        if self.core is None:
+            self.disk.key = ""
+        super().boot()
 
-_decide = Roster.decide
+    def feed(self, event: events.Event) -> None:
+        if isinstance(event, events.MessageReceived) and self.core is not None:
+            asked, known = event.message, self.core.roster.issued.get(event.node_id)
+            if isinstance(asked, messages.Enrol) and known is not None:
+                self.core.roster.issued[event.node_id] = replace(known, key=asked.key)
+        super().feed(event)
 
 
 @mutant("journal forgotten over a restart")
