@@ -91,7 +91,7 @@ def _install(options: argparse.Namespace, say: Say) -> int:
         rootfs=options.rootfs,
         enable=host.enable,
     )
-    if present:
+    if present or not (done.changed or done.ran):
         say(f"{name} already present")
         if done.changed:
             host.reload()
@@ -143,6 +143,7 @@ def _update_one(options: argparse.Namespace, name: str, values: dict[str, str], 
     if not done.changed:
         say(f"{name}: Latest version already installed.")
         return
+    say(f"Extracting to {done.container.deployment}")
     _tell(done.messages, say)
     if not done.replaced:
         host.stop(unit)  # an interrupted update was completed under a unit that runs again
@@ -285,7 +286,7 @@ def _tell(messages: tuple[str, ...], say: Say) -> None:
 
 
 def _tell_created(container: Container, say: Say) -> None:
-    say(f"Extracted to {container.deployment}")
+    say(f"Extracting to {container.deployment}")  # by this word callers tell that it changed
     units = [f"/etc/systemd/system/{container.unit}"] if container.unit else []
     for path in (*container.files, *units, container.tmpfiles):
         if path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,7 +59,7 @@ def test_install_says_what_it_made(say: Say, tmp_path: Path, root: Path) -> None
     image = build(tmp_path / "image", {**PLAIN, **HOSTFS, "exports/tmpfiles.template": "d /srv\n"})
     told = say("install", "--name=web", "--set=GREETING=a=b", image)
     assert told.splitlines() == [
-        "Extracted to /var/lib/containers/atomic/web.0",
+        "Extracting to /var/lib/containers/atomic/web.0",
         "Created file /etc/nowhere",
         "Created file /etc/web-conf/raw.conf",
         "Created file /etc/web-conf/web.conf",
@@ -75,6 +77,17 @@ def test_a_name_that_is_present_is_left_alone(say: Say, plain: str, root: Path) 
     before = snapshot(root, exact=True)
     assert say("install", "--name=web", "--set=GREETING=other", plain) == "web already present\n"
     assert snapshot(root, exact=True) == before
+
+
+def test_two_at_once_install_it_once(plain: str, root: Path) -> None:
+    words = ["containers", "install", f"--root={root}", "--name=web", plain]
+    argv = [sys.executable, "-m", "firstboot", *words]
+    where = Path(__file__).parents[2]
+    both = [subprocess.Popen(argv, cwd=where, stdout=subprocess.PIPE, text=True) for _ in "12"]
+    told = sorted(process.communicate()[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert told[0].startswith("Extracting to ")
+    assert told[1] == "web already present\n"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +210,10 @@ def test_update(say: Say, plain: str, root: Path) -> None:
     say("install", "--name=web", plain)
     uuid = current(root).values["UUID"]
     assert say("update", "web") == "web: Latest version already installed.\n"
-    assert "updated" in say("update", "--set=GREETING=new", "web")
+    assert say("update", "--set=GREETING=new", "web").splitlines() == [
+        "Extracting to /var/lib/containers/atomic/web.1",
+        "web: updated; it was not running and was not started",
+    ]
     assert config(root, 1)["process"]["args"] == ["run.sh", "new"]
     assert current(root).values["UUID"] == uuid
     assert say("update", "--set=GREETING=new", "web") == "web: Latest version already installed.\n"
