@@ -7,14 +7,12 @@ outcome. An adapter's failure is an event too, never an exception.
 from __future__ import annotations
 
 import json
-import re
-import threading
 import time
-from base64 import b64encode
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from firstboot import host, pki
+from firstboot.deeds import Deeds
 from firstboot.protocol import events, plan, status
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.credentials import Leaf
@@ -24,16 +22,12 @@ from firstboot.protocol.model import Channel, Issued, Member, Profile, Role
 from firstboot.transport import Transport
 
 if TYPE_CHECKING:  # what only a role with units needs is loaded when it does: 15 ms
-    from firstboot import units
     from firstboot.supply import Order, Supply
 
 HOST_KEY = "host.key"
 CERTIFICATES = "certificates.json"
 MAX_DETAIL = 1000  # characters of a failed step's last log lines
 RELEASED = 1_795_000_000.0  # November 2026
-TARGET = "firstboot.target"
-CREDENTIAL = re.compile(r"@\{(?P<how>base64:)?(?P<name>[a-z0-9.-]{1,64})\}")
-DROP_IN = f"etc/systemd/system/{TARGET}.d/10-role.conf"
 
 
 class Carrier:
@@ -47,11 +41,8 @@ class Carrier:
         core: Assembly,
     ) -> None:
         self.root, self.directory, self.transport, self.core = root, directory, transport, core
-        self._systemd: units.Systemd | None = None
-        self._cancelled = threading.Event()
-        self._replaced: set[str] = set()  # units whose container or file changed under them
+        self.deeds = Deeds(root, directory, self._credential, lambda: self._fingerprint)
         self._supply: Supply | None = None
-        self._blocks = threading.Lock()  # the founding master's change while its steps run
         self.expiries: list[dict[str, Any]] = []
 
     # ------------------------------------------------------------ disk and keys
@@ -235,7 +226,7 @@ class Carrier:
             if self.supply.place(action.places, self._fingerprint):
                 for step in self.core.plan or ():
                     if isinstance(step, plan.WriteBlock):
-                        self._write_block(step)
+                        self.deeds.write_block(step)
         except FirstbootError as error:
             return events.RequestsRefused(member.node_id, action.epoch, str(error)[:MAX_DETAIL])
         return events.RequestsSigned(member.node_id, supplies)
@@ -291,7 +282,7 @@ class Carrier:
         try:
             if isinstance(action.step, plan.GetCertificates):
                 return self._get_certificates(action.index)
-            self._run(action.step)
+            self.deeds.run(action.step)
         except FirstbootError as error:
             detail = str(getattr(error, "detail", ""))[-MAX_DETAIL:]
             what = status.say(action.step)
@@ -308,111 +299,11 @@ class Carrier:
             return events.StepDone(index)
         return events.RequestsMade(index, self.supply.requests(order))
 
-    def _run(self, step: plan.Step) -> None:
-        match step:
-            case plan.MakeDirectory():
-                self._make_directory(step)
-            case plan.WriteFile():
-                self._write_file(step)
-            case plan.WriteBlock():
-                self._write_block(step)
-            case plan.MakeLink():
-                host.make_link(self.root / step.path[1:], step.target)
-            case plan.SetKernel():
-                self._set_kernel(step)
-            case plan.UseResolver():
-                self._use_resolver(step)
-            case plan.InstallContainer():
-                from firstboot import containers
-
-                done = containers.install(self.root, step.name, step.image, dict(step.values))
-                if done.replaced:
-                    self._replaced.add(done.container.unit)
-                self.systemd.reload()  # always: a crash may have come between install and this
-            case plan.StartUnit():
-                self._start_unit(step)
-            case plan.Probe():
-                from firstboot import health
-
-                health.wait(step, self.root, self._cancelled)
-            case plan.ReachTarget():
-                self._reach_target(step.units)
-
     def cancel(self) -> None:
         """End whatever step is under way: the process was told to stop."""
-        self._cancelled.set()
+        self.deeds.cancel()
         if self._supply is not None:
             self._supply.close()
-        if self._systemd is not None:
-            self._systemd.cancel()
-
-    def _make_directory(self, step: plan.MakeDirectory) -> None:
-        path, claim = self.root / step.path[1:], f"claims/{step.path[1:].replace('/', '-')}"
-        if step.claim and self.directory.get(claim) != self._fingerprint.encode():
-            if host.holds_anything(path):
-                raise LocalError(f"{path} holds data of an earlier cluster; move it away")
-            self.directory.put(claim, self._fingerprint.encode())
-        host.use_directory(path, step.mode)
-
-    def _start_unit(self, step: plan.StartUnit) -> None:
-        if step.ports and self.systemd.state(step.unit).active in ("inactive", "failed"):
-            for at in step.ports:
-                address, _, port = at.rpartition(":")
-                owner = host.taken(address.strip("[]"), int(port))
-                if owner:
-                    raise LocalError(f"port {port} is taken by {owner}")
-        self.systemd.enable(step.unit)
-        restart = step.unit in self._replaced
-        self.systemd.start(step.unit, deadline=step.deadline, restart=restart)
-        self._replaced.discard(step.unit)
-
-    def _write_file(self, step: plan.WriteFile) -> None:
-        where = self.root / step.path[1:]
-        if step.keep and (where.exists() or where.is_symlink()):
-            return
-        content = self._content(step)
-        if step.restarts and not (where.exists() and where.read_bytes() == content):
-            self._replaced.add(step.restarts)
-        self._write(step.path[1:], content, step.mode)
-
-    def _write_block(self, step: plan.WriteBlock) -> None:
-        with self._blocks:
-            host.write_block(self.root / step.path[1:], self._filled(step.content).decode())
-
-    def _set_kernel(self, step: plan.SetKernel) -> None:
-        path = self.root / "proc/sys" / step.key.replace(".", "/")
-        if self.root != Path("/"):
-            return  # a tree under test, or an image being made: not this kernel's business
-        try:
-            if path.read_text().strip() != step.value:
-                path.write_text(step.value)
-        except OSError as error:
-            raise LocalError(f"{path}: {error.strerror}") from None
-
-    def _use_resolver(self, step: plan.UseResolver) -> None:
-        saved, servers = self.root / step.saved[1:], self.root / step.servers[1:]
-        if host.use_resolver(self.root, step.address, step.search, saved, servers):
-            self._replaced.add(step.restarts)
-
-    def _write(self, path: str, content: bytes, mode: int) -> None:
-        where = self.root / path
-        try:
-            where.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LocalError(f"cannot make {where.parent}: {error.strerror}") from None
-        host.write_durably(where, content, mode)
-
-    def _content(self, step: plan.WriteFile) -> bytes:
-        return self._credential(step.credential) if step.credential else self._filled(step.content)
-
-    def _filled(self, text: str) -> bytes:
-        """A step's content with this host's credentials in it."""
-
-        def put_in(found: re.Match[str]) -> str:
-            secret = self._credential(found["name"])
-            return (b64encode(secret) if found["how"] else secret).decode()
-
-        return CREDENTIAL.sub(put_in, text).encode()
 
     def _credential(self, name: str) -> bytes:
         if self.core.payload.signers:
@@ -422,24 +313,6 @@ class Carrier:
         granted, key = self._granted(), self.directory.get(HOST_KEY)
         assert granted is not None and key is not None  # the core starts no role without them
         return pki.credential(name, granted.certificates, granted.authority, key)
-
-    @property
-    def systemd(self) -> units.Systemd:
-        """systemd's manager, connected when first needed."""
-        if self._systemd is None:
-            from firstboot import units
-
-            self._systemd = units.Systemd()
-        return self._systemd
-
-    def _reach_target(self, names: tuple[str, ...]) -> None:
-        if self.root != Path("/"):
-            return  # a tree under test, or an image being made: no systemd of ours runs there
-        lines = ["[Unit]", *(f"{key}={name}" for name in names for key in ("Requires", "After"))]
-        self._write(DROP_IN, "\n".join([*lines, ""]).encode(), 0o644)
-        self.systemd.reload()
-        self.systemd.enable(TARGET)
-        self.systemd.start(TARGET, deadline=60.0)
 
 
 def _sane_now() -> float:

@@ -63,6 +63,7 @@ def test_there_are_examples() -> None:
     assert names == {
         "ignition.bu",
         "ignition.json",
+        "origin.yaml",
         "static-addresses.yaml",
         "three-hosts.yaml",
         "three-masters.yaml",

@@ -38,7 +38,8 @@ from firstboot.protocol.plan import (
 NODE_DIRECTORY, ETCD_DIRECTORY = "/etc/origin/node", "/etc/etcd"
 API, CONTROLLERS, SINGLE = "origin-master-api", "origin-master-controllers", "origin-master"
 NODE, OPENVSWITCH = "origin-node", "openvswitch"
-READY_SECONDS = 300.0  # an API server on a small host takes 20 s, its image's first start more
+READY_SECONDS = 120.0  # an API server on a small host takes 20 s; then it is said why, and waited
+MASTER_SECONDS = 300.0  # a node's master may have images to fetch first
 NODE_READY = '"type":"Ready","status":"True"'  # in a Node, as Kubernetes writes it
 _FILES = Path(__file__).parent / "files"
 _MASTERS_ONLY, _SECRET = 0o700, 0o600
@@ -354,9 +355,9 @@ def _node_containers(when: str) -> Iterator[Step]:
 # ---------------------------------------------------------------- order and gates
 
 
-def _api_ready(netloc: str, authority: str, when: str = "true") -> Probe:
+def _api_ready(netloc: str, authority: str, seconds: float, when: str = "true") -> Probe:
     url = f"https://{netloc}/healthz/ready"
-    return Probe(url, authority, deadline=READY_SECONDS, when=when)
+    return Probe(url, authority, deadline=seconds, when=when)
 
 
 def _start_master() -> Iterator[Step]:
@@ -378,7 +379,7 @@ def _start_master() -> Iterator[Step]:
     yield StartUnit(unit, lasting=False, when="${policy_file}")
     yield StartUnit(f"{API}.service", ports=_API_PORTS, deadline=READY_SECONDS, when="${split}")
     yield StartUnit(f"{SINGLE}.service", ports=_API_PORTS, deadline=READY_SECONDS, when="${single}")
-    yield _api_ready("${loopback}", ca)
+    yield _api_ready("${loopback}", ca, READY_SECONDS)
     yield StartUnit(
         f"{CONTROLLERS}.service", ports=(f"0.0.0.0:{CONTROLLERS_PORT}",), when="${split}"
     )
@@ -392,7 +393,7 @@ def _start_master() -> Iterator[Step]:
 
 def _start_node(when: str) -> Iterator[Step]:
     ca, client = f"{NODE_DIRECTORY}/ca.crt", f"{NODE_DIRECTORY}/system:node:${{name}}"
-    yield _api_ready("${node_api}", ca, when)
+    yield _api_ready("${node_api}", ca, MASTER_SECONDS, when)
     yield StartUnit(f"{OPENVSWITCH}.service", when="${ovs_here}")
     yield StartUnit(f"{NODE}.service", ports=("0.0.0.0:10250",), deadline=READY_SECONDS, when=when)
     yield Probe(

@@ -1,0 +1,175 @@
+"""Steps of a plan below a root of their own: what is written, restarted, refused."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from firstboot import host
+from firstboot.deeds import Deeds
+from firstboot.protocol import plan
+from firstboot.protocol.errors import LocalError
+from firstboot.units import UnitState
+
+SECRETS = {"ca.crt": b"-CERT-\n", "x.key": b"-KEY-\n", "hosts": b"10.0.0.1 a\n"}
+
+
+class Systemd:
+    """Notes what it is asked for; `active` is what it says of every unit."""
+
+    active = "inactive"
+
+    def __init__(self) -> None:
+        self.started: list[tuple[str, bool]] = []
+
+    def state(self, _unit: str) -> UnitState:
+        return UnitState("loaded", self.active, "dead", "success", 0.0)
+
+    def enable(self, _unit: str) -> bool:
+        return True
+
+    def reload(self) -> None:
+        pass
+
+    def start(self, unit: str, deadline: float, *, restart: bool = False) -> None:
+        assert deadline > 0
+        self.started.append((unit, restart))
+
+
+class Made(Deeds):
+    """Deeds with that systemd."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, host.StateDirectory(root), SECRETS.__getitem__, lambda: self.name)
+        self.name = "ab" * 32
+        self.manager = Systemd()
+        self._systemd = self.manager  # type: ignore[assignment]
+
+
+@pytest.fixture
+def deeds(tmp_path: Path) -> Made:
+    return Made(tmp_path)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_credentials_are_put_in_when_a_file_is_written(deeds: Made) -> None:
+    text = "ca: @{base64:ca.crt}\nkey: @{x.key}# not @{ this } nor ${that}\n"
+    deeds.run(plan.WriteFile("/etc/a/b", text, mode=0o600))
+    path = deeds.root / "etc/a/b"
+    assert path.read_text() == "ca: LUNFUlQtCg==\nkey: -KEY-\n# not @{ this } nor ${that}\n"
+    assert mode(path) == 0o600
+
+
+def test_a_file_to_keep_is_written_once(deeds: Made) -> None:
+    step = plan.WriteFile("/etc/localtime", "", keep=True)
+    deeds.run(step)
+    (deeds.root / "etc/localtime").write_text("theirs")
+    deeds.run(step)
+    assert (deeds.root / "etc/localtime").read_text() == "theirs"
+    (deeds.root / "etc/localtime").unlink()
+    (deeds.root / "etc/localtime").symlink_to("/nowhere")  # as without tzdata: not ours to replace
+    deeds.run(step)
+    assert (deeds.root / "etc/localtime").is_symlink()
+
+
+def test_a_file_that_changes_restarts_its_unit_once(deeds: Made) -> None:
+    unit = plan.StartUnit("docker.service")
+    for text, restarted in (("one", True), ("one", False), ("two", True)):
+        deeds.run(plan.WriteFile("/etc/sysconfig/d", text, restarts="docker.service"))
+        deeds.run(unit)
+        assert deeds.manager.started[-1] == ("docker.service", restarted)
+
+
+def test_the_resolver_restarts_dnsmasq_when_its_servers_change(deeds: Made) -> None:
+    (deeds.root / "etc").mkdir(exist_ok=True)
+    (deeds.root / "etc/resolv.conf").write_text("nameserver 192.0.2.1\n")
+    step = plan.UseResolver("10.0.0.5", "cluster.local", "/etc/s", "/etc/d", "dnsmasq.service")
+    for restarted in (True, False):
+        deeds.run(step)
+        deeds.run(plan.StartUnit("dnsmasq.service"))
+        assert deeds.manager.started[-1] == ("dnsmasq.service", restarted)
+
+
+def test_a_block_holds_what_the_credential_says_now(deeds: Made) -> None:
+    deeds.run(plan.WriteBlock("/etc/hosts", "@{hosts}"))
+    assert "10.0.0.1 a\n" in (deeds.root / "etc/hosts").read_text()
+
+
+def test_a_kernel_parameter_is_left_alone_in_a_tree(deeds: Made) -> None:
+    deeds.run(plan.SetKernel("net.ipv4.ip_forward", "1"))
+    assert not (deeds.root / "proc").exists()
+
+
+# ---------------------------------------------------------------- an earlier cluster's data
+
+
+def test_data_of_an_earlier_cluster_is_not_taken_over(deeds: Made) -> None:
+    step = plan.MakeDirectory("/var/lib/etcd", 0o700, claim=True)
+    deeds.run(step)
+    data = deeds.root / "var/lib/etcd/member"
+    data.mkdir()
+    deeds.run(step)  # this cluster's own: a host that was started again
+    deeds.name = "cd" * 32
+    with pytest.raises(LocalError, match="holds data of an earlier cluster; move it away"):
+        deeds.run(step)
+    data.rmdir()
+    deeds.run(step)
+    assert mode(deeds.root / "var/lib/etcd") == 0o700
+
+
+# ---------------------------------------------------------------- ports
+
+
+def test_a_port_that_is_taken_is_said_with_who_has_it(deeds: Made) -> None:
+    with socket.socket() as theirs:
+        theirs.bind(("127.0.0.1", 0))
+        theirs.listen()
+        port = theirs.getsockname()[1]
+        step = plan.StartUnit("origin-master-api.service", ports=(f"127.0.0.1:{port}",))
+        with pytest.raises(
+            LocalError, match=rf"port {port} is taken by .* \(process {os.getpid()}\)"
+        ):
+            deeds.run(step)
+        assert deeds.manager.started == []
+        deeds.manager.active = "active"  # then the port is the unit's own
+        deeds.run(step)
+    deeds.manager.active = "failed"
+    deeds.run(step)
+    assert len(deeds.manager.started) == 2
+
+
+def test_a_failing_disk_is_a_sentence(deeds: Made) -> None:
+    (deeds.root / "etc").write_text("a file in the way")
+    for step in (
+        plan.MakeDirectory("/etc/origin"),
+        plan.WriteFile("/etc/x", "y", restarts="z.service"),
+        plan.WriteBlock("/etc/hosts", "x\n"),
+        plan.MakeLink("/etc/l", "/x"),
+        plan.UseResolver("10.0.0.5", "x", "/etc/s", "/etc/d"),
+    ):
+        with pytest.raises(LocalError) as caught:
+            deeds.run(step)
+        assert "\n" not in str(caught.value)
+
+
+def test_every_kind_of_step_has_words() -> None:
+    from firstboot.payloads.rows import PAYLOADS
+    from firstboot.protocol import status
+
+    said: dict[type[Any], str] = {}
+    for payload in PAYLOADS.values():
+        for rows in (payload.master, payload.node):
+            said |= {type(step): status.say(step) for step in rows.steps}
+    assert set(said) == set(plan.Step.__args__) - {plan.ReachTarget}
+    assert all(said.values())
