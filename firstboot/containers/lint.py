@@ -64,7 +64,8 @@ def lint(directory: Path) -> list[Finding]:
     """Everything that is wrong with the container in `directory`; ContainerError if it is none."""
     if not directory.is_dir():
         raise ContainerError(f"{directory} is not a directory")
-    candidates = (directory / "exports", directory / "rootfs" / "exports", directory)
+    below = ("exports", "rootfs/exports", "root/exports", ".")
+    candidates = (directory / name for name in below)
     exports = next(path for path in candidates if path.is_dir())
     found = list(_of_exports(exports, exports == directory))
     found += [Finding(*what) for what in lint_build.dockerfile(directory, exports)]

@@ -31,7 +31,8 @@ def dockerfile(directory: Path, exports: Path) -> Iterator[What]:
     copied = []
     for step in steps:
         verb, _, rest = step.partition(" ")
-        verb, words = verb.upper(), [word for word in rest.split() if not word.startswith("--")]
+        plain = re.sub(r'[\[\],"]', " ", rest) if "[" in rest else rest
+        verb, words = verb.upper(), [word for word in plain.split() if not word.startswith("--")]
         if verb == "MAINTAINER":
             yield _finding("maintainer", "MAINTAINER is old; use LABEL maintainer=")
         if verb == "LABEL":

@@ -200,6 +200,14 @@ def test_the_tree_of_an_image(sources: Sources, tmp_path: Path) -> None:
     assert found == {"unknown-export", "not-in-git"}
 
 
+def test_copies_may_be_written_as_a_list(sources: Sources) -> None:
+    copy = "COPY *.template manifest.json /exports/"
+    sources.edit("Dockerfile", copy, 'COPY ["config.json.template", "s*.template", "/exports/"]')
+    assert sources.found() == {("not-copied", False)}
+    names = {f.text.partition(" ")[0] for f in lint(sources.directory)}
+    assert names == {"tmpfiles.template", "manifest.json"}
+
+
 def test_the_idiom_of_a_list_that_is_added_to(sources: Sources) -> None:
     text = json.dumps(CONFIG)[:-2] + " $ADDTL_MOUNTS ]}"
     sources.write("config.json.template", text)
