@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import pytest
 
-COUNTED = ("passed", "failed", "error", "skipped")
+COUNTED = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 
 
 @pytest.hookimpl(tryfirst=True)
