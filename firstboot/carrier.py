@@ -224,9 +224,7 @@ class Carrier:
                 _sane_now(),
             )
             if self.supply.place(action.places, self._fingerprint):
-                for step in self.core.plan or ():
-                    if isinstance(step, plan.WriteBlock):
-                        self.deeds.write_block(step)
+                self.deeds.tell_places(self.core.plan or ())
         except FirstbootError as error:
             return events.RequestsRefused(member.node_id, action.epoch, str(error)[:MAX_DETAIL])
         return events.RequestsSigned(member.node_id, supplies)

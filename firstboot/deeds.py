@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what only a role with units needs is loaded when it does: 1
     from firstboot import units
 
 TARGET = "firstboot.target"
+PLACES = "@{hosts}"
 DROP_IN = f"etc/systemd/system/{TARGET}.d/10-role.conf"
 CREDENTIAL = re.compile(r"@\{(?P<how>base64:)?(?P<name>[a-z0-9.-]{1,64})\}")
 
@@ -44,7 +45,7 @@ class Deeds:
         self._systemd: units.Systemd | None = None
         self._cancelled = threading.Event()
         self._replaced: set[str] = set()  # units whose container or file changed under them
-        self._blocks = threading.Lock()  # the founding master's change while its steps run
+        self._writing = threading.Lock()  # the founding master learns of members meanwhile
 
     def run(self, step: plan.Step) -> None:
         """Make it true; FirstbootError, perhaps with a `detail`, if that fails."""
@@ -54,7 +55,7 @@ class Deeds:
             case plan.WriteFile():
                 self._write_file(step)
             case plan.WriteBlock():
-                self.write_block(step)
+                self._write_block(step)
             case plan.MakeLink():
                 host.make_link(self.root / step.path[1:], step.target)
             case plan.SetKernel():
@@ -76,6 +77,12 @@ class Deeds:
                 health.wait(step, self.root, self._cancelled)
             case plan.ReachTarget():
                 self._reach_target(step.units)
+
+    def tell_places(self, steps: Iterable[plan.Step]) -> None:
+        """There is a new member: write what names all of them again. Any thread may call this."""
+        for step in steps:
+            if isinstance(step, plan.WriteBlock | plan.WriteFile) and PLACES in step.content:
+                self.run(step)
 
     def cancel(self) -> None:
         """End whatever step is under way: the process was told to stop."""
@@ -107,14 +114,14 @@ class Deeds:
         where = self.root / step.path[1:]
         if step.keep and (where.exists() or where.is_symlink()):
             return
-        content = self._content(step)
-        if step.restarts and not _holds(where, content):
-            self._replaced.add(step.restarts)
-        self._write(step.path[1:], content, step.mode)
+        with self._writing:
+            content = self._content(step)
+            if step.restarts and not _holds(where, content):
+                self._replaced.add(step.restarts)
+            self._write(step.path[1:], content, step.mode)
 
-    def write_block(self, step: plan.WriteBlock) -> None:
-        """Write a block as this host's credentials are now; any thread may."""
-        with self._blocks:
+    def _write_block(self, step: plan.WriteBlock) -> None:
+        with self._writing:
             host.write_block(self.root / step.path[1:], self._filled(step.content).decode())
 
     def _set_kernel(self, step: plan.SetKernel) -> None:

@@ -452,10 +452,29 @@ def test_every_host_resolves_every_member(three: Cluster) -> None:
         assert "net.ipv4.ip_forward = 1" in one.read("/etc/sysctl.d/99-openshift.conf")
         dns = one.read("/etc/dnsmasq.d/origin-dns.conf").split()
         assert {"no-resolv", "domain-needed", "bind-dynamic", "except-interface=lo"} < set(dns)
+        assert one.read("/etc/dnsmasq.hosts/firstboot").splitlines() == lines[1:-1]
         assert one.read("/etc/dnsmasq.d/node-dnsmasq.conf").split() == [
             "server=/in-addr.arpa/127.0.0.1",
             "server=/cluster.local/127.0.0.1",
         ]
+
+
+def test_a_master_learns_of_members_that_come_late(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, 1, 2)
+    master, early, late = cluster.hosts
+    cluster.hosts = [master, early]
+    cluster.connect()
+    cluster.run()
+    assert "host-3" in master.read("/etc/hosts")  # enrolled members are known at once
+    cluster.hosts = [master, early, late]
+    master.carrier.supply.place([], cluster.value.fingerprint)
+    master.carrier.deeds.tell_places(master.core.plan or ())
+    assert "host-3" not in master.read("/etc/hosts")
+    cluster.connect()
+    cluster.run()
+    assert late.core.running
+    for path in ("/etc/hosts", "/etc/dnsmasq.hosts/firstboot"):
+        assert "10.77.0.13 host-3\n" in master.read(path)
 
 
 # ---------------------------------------------------------------- order

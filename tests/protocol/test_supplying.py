@@ -244,3 +244,129 @@ def test_places_are_as_many_as_a_message_holds() -> None:
     places = one.places()
     assert len(places) == messages.MAX_PLACES
     assert places[0].name == "host-1"
+
+
+# ---------------------------------------------------------------- a bad network, and crashes
+
+
+class World:
+    """One master and some nodes: messages are lost, hosts are started anew at any moment."""
+
+    def __init__(self, seed: int, nodes: int = 3) -> None:
+        self.rng = random.Random(seed)
+        self.now = 0.0
+        self.members = [MASTER] + [
+            Member(f"{n:032x}", f"host-{n}", f"10.0.0.{n}") for n in range(2, nodes + 2)
+        ]
+        self.issued = tuple(Issued(m, 1, f"{n:064x}") for n, m in enumerate(self.members))
+        self.has: set[str] = set()  # whose certificates are on disk
+        self.disk = {m.node_id: self.stored(m) for m in self.members}
+        self.gone: set[str] = set()
+        self.signed: dict[str, int] = {}
+        self.cores = {m.node_id: self.start(m) for m in self.members}
+
+    def stored(self, member: Member) -> Stored:
+        return Stored(
+            decided=VALUE,
+            activated=True,
+            enrolled=member,
+            enrolled_fingerprint=VALUE.fingerprint,
+        )
+
+    def start(self, me: Member) -> Assembly:
+        config = ClusterConfig("demo", len(self.members), payload="origin")
+        endpoint = Endpoint(me.host, 7443)
+        start = Start(
+            config=config,
+            me=Self(me.node_id, "boot", me.name, endpoint),
+            stored=self.disk[me.node_id],
+            issued=self.issued if me is MASTER else (),
+            payload=PAYLOADS["origin"],
+            options=OPTIONS["origin"],
+            rng=random.Random(1),
+            now=self.now,
+        )
+        return Assembly(start)
+
+    def tell(self, node_id: str, event: events.Event) -> None:
+        if node_id in self.gone:
+            return
+        for action in self.cores[node_id].receive(event, self.now):
+            self.do(node_id, action)
+
+    def do(self, me: str, action: events.Action) -> None:
+        match action:
+            case events.Persist():
+                self.disk[me] = action.state
+                self.tell(me, events.PersistDone(action.sequence))
+            case events.Connect() if action.channel is CLUSTER:
+                if MASTER.node_id in self.gone or self.rng.random() < 0.2:
+                    refused = events.ConnectFailed(action.endpoint, CLUSTER, "refused")
+                    self.tell(me, refused)
+                else:
+                    self.connect(me)
+            case events.Send() if action.channel is CLUSTER and self.rng.random() > 0.4:
+                got = events.MessageReceived(me, CLUSTER, action.message)
+                self.tell(action.node_id, got)
+            case events.RunStep():
+                self.step(me, action)
+            case events.SignRequests():
+                self.signed[action.member.node_id] = self.signed.get(action.member.node_id, 0) + 1
+                self.tell(me, events.RequestsSigned(action.member.node_id, SUPPLIES))
+            case events.StoreSupplies():
+                self.has.add(me)
+                self.tell(me, events.StepDone(action.index))
+            case events.Finish():
+                self.gone.add(me)
+
+    def step(self, me: str, action: events.RunStep) -> None:
+        if isinstance(action.step, GetCertificates) and me not in self.has:
+            self.tell(me, events.RequestsMade(action.index, REQUESTS))
+        else:
+            self.tell(me, events.StepDone(action.index))
+
+    def connect(self, node: str) -> None:
+        host = next(m.host for m in self.members if m.node_id == node)
+        self.tell(node, events.Connected(MASTER.node_id, CLUSTER, None, MASTER.host))
+        self.tell(MASTER.node_id, events.Connected(node, CLUSTER, None, host))
+
+    def crash(self, me: str) -> None:
+        """It is started anew; whoever was connected to it notices."""
+        for other in self.cores:
+            if other != me and MASTER.node_id in (me, other):
+                self.tell(other, events.Disconnected(me, CLUSTER))
+        member = next(m for m in self.members if m.node_id == me)
+        self.cores[me] = self.start(member)
+        self.tell(me, events.DeadlineReached())
+
+    def run(self, seconds: float) -> None:
+        while self.now < seconds and len(self.gone) < len(self.members):
+            self.now += 0.25
+            for node_id in list(self.cores):
+                self.tell(node_id, events.DeadlineReached())
+                crashes = self.now < 20 and self.rng.random() < 0.02
+                if crashes and node_id not in self.gone:
+                    self.crash(node_id)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_everybody_gets_its_certificates_before_the_master_leaves(seed: int) -> None:
+    world = World(seed)
+    world.run(400.0)
+    ids = {m.node_id for m in world.members}
+    assert world.gone == ids, f"left behind: {ids - world.gone}"
+    assert world.has == ids
+    assert set(world.signed) == ids
+
+
+def test_a_master_that_does_not_wait_would_leave_some_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rule above, broken: a member confirms before it has its certificates."""
+    monkeypatch.setattr(Assembly, "supplied", True)
+    behind = 0
+    for seed in range(40):
+        world = World(seed)
+        world.run(100.0)
+        behind += len(world.has) < len(world.members)
+    assert behind

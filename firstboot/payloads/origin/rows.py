@@ -40,6 +40,7 @@ API, CONTROLLERS, SINGLE = "origin-master-api", "origin-master-controllers", "or
 NODE, OPENVSWITCH = "origin-node", "openvswitch"
 READY_SECONDS = 120.0  # an API server on a small host takes 20 s; then it is said why, and waited
 MASTER_SECONDS = 300.0  # a node's master may have images to fetch first
+HOSTS = "@{hosts}"  # lines of hosts(5), by `supply`
 NODE_READY = '"type":"Ready","status":"True"'  # in a Node, as Kubernetes writes it
 _FILES = Path(__file__).parent / "files"
 _MASTERS_ONLY, _SECRET = 0o700, 0o600
@@ -160,7 +161,9 @@ def _host() -> Iterator[Step]:
     for path in ("/etc/pki/ca-trust/source/anchors", "/var/lib/origin", "/etc/origin"):
         yield MakeDirectory(path)
     # Every host resolves every member's name, whatever DNS there is.
-    yield WriteBlock("/etc/hosts", "@{hosts}")
+    yield WriteBlock("/etc/hosts", HOSTS)
+    # dnsmasq looks into /etc/hosts at its start only, but follows files in a directory.
+    yield WriteFile("/etc/dnsmasq.hosts/firstboot", HOSTS)
     yield WriteFile("/etc/sysctl.d/99-openshift.conf", _file("sysctl.conf"))
     # Without it Origin's network refuses to start; else docker sees to it.
     yield SetKernel("net.ipv4.ip_forward", "1", when="${ovs_here}")
@@ -223,6 +226,9 @@ def _node_files(when: str) -> Iterator[Step]:
     yield WriteFile(f"/etc/sysconfig/{NODE}-dep", "", when=when)
     version = "IMAGE_VERSION=${image_version}\n"
     yield WriteFile(f"/etc/sysconfig/{OPENVSWITCH}", version, when="${ovs_here}")
+    oom = "[Service]\nOOMScoreAdjust=-1000\n"  # with it the whole host's network would go
+    path = f"/etc/systemd/system/{OPENVSWITCH}.service.d/01-avoid-oom.conf"
+    yield WriteFile(path, oom, when="${ovs_here}")
     # The kubelet refuses to start while swap is in use.
     swap = "[Service]\nExecStartPre=-/sbin/swapoff -a\n"
     yield WriteFile(f"/etc/systemd/system/{NODE}.service.d/10-swap.conf", swap, when=when)
