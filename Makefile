@@ -110,7 +110,9 @@ scenarios: image
 	$(SUDO) $(VENV)/python -m pytest -v -m scenario $(PYTEST_ARGS)
 
 sim: setup
-	$(VENV)/python -m tests.sim --seeds $(SEEDS) --jobs $(JOBS)
+	@# Compiling takes half a minute, and then half the time.
+	@[ $(SEEDS) -lt 10000 ] && module=tests.sim || module=tests.sim.compiled; \
+		$(VENV)/python -m $$module --seeds $(SEEDS) --jobs $(JOBS) --report build/sim/report
 
 chaos: setup
 	$(SUDO) $(VENV)/python -m tests.network.chaos --runs $(RUNS) --jobs $(JOBS) --seed $(SEED) \

@@ -151,6 +151,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """As text and as JSON, beside each other."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".txt").write_text(self.text() + "\n")
         path.with_suffix(".json").write_text(json.dumps(self.summary(), indent=1) + "\n")
 
