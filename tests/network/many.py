@@ -30,6 +30,7 @@ class Figures:
 
     hosts: int
     cores: int
+    load: float = 0.0  # average of the minute before (getloadavg(3)): what else the cores did
     at: dict[str, list[float]] = field(default_factory=dict)
     cpu: list[float] = field(default_factory=list)
     sent: list[int] = field(default_factory=list)
@@ -42,7 +43,8 @@ class Figures:
         """The figures as a person reads them."""
         lines = [
             f"{self.hosts} hosts on {self.cores} cores: {self.clusters} cluster,"
-            f" {self.masters} master; every process ended by itself"
+            f" {self.masters} master; every process ended by itself",
+            f"load of the machine in the minute before: {self.load:.1f}",
         ]
         for phase, moments in self.at.items():
             lines.append(_row(f"{phase}, s after the first start", moments, 2))
@@ -67,7 +69,7 @@ def _row(what: str, numbers: Sequence[float], digits: int, *, total: bool = Fals
 
 def form(hosts: int, directory: Path, timeout: float) -> Figures:
     """One formation of that many; TimeoutError if not all run in that many seconds."""
-    figures = Figures(hosts, os.cpu_count() or 1)
+    figures = Figures(hosts, os.cpu_count() or 1, os.getloadavg()[0])
     with _room_for_neighbours(hosts * hosts), Hosts(hosts, directory) as many:
         began = time.time()
         many.start()
