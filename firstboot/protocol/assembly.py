@@ -42,7 +42,7 @@ class Assembly(Supplying):
         self.step_failures = 0
         self.step_error: events.StepFailed | None = None
         self._step_asked = False
-        self._step_at = start.now
+        self._step_at = self._next = start.now
         self._left = False  # also of a host that lost power between `finished` and its stamp
 
     def receive(self, event: events.Event, now: float) -> list[events.Action]:
@@ -55,17 +55,26 @@ class Assembly(Supplying):
             if isinstance(event, events.Connected) and event.node_id == self.me.node_id:
                 self._on_connected(event)
             return self._actions
+        if now < self._next and _only_an_address(event):
+            # Most events while a host waits: nothing else can have become due by them.
+            _HANDLERS[type(event)](self, event)
+            if self.open:
+                self._dial()
+                self._next = soonest(now, self._next, self.book.due_at)
+            return self._actions
         self.company.expire(now)
         _HANDLERS[type(event)](self, event)
         if not self.failure:
             self._advance()
+            self._next = self._soonest()
         return self._actions
 
     @property
     def deadline(self) -> float:
         """When to call `receive` with DeadlineReached if nothing else happens (monotonic)."""
-        if self.failure:
-            return NEVER
+        return NEVER if self.failure else self._next
+
+    def _soonest(self) -> float:
         return soonest(
             self.now,
             self._announce_at,
@@ -280,6 +289,13 @@ class Assembly(Supplying):
                 self._apply()
             self._run_plan()
             self._wind_up()
+
+
+def _only_an_address(event: events.Event) -> bool:
+    """Whether an event concerns nothing but whom to dial, or a stranger."""
+    if isinstance(event, events.ConnectFailed):
+        return event.channel is Channel.BOOTSTRAP
+    return isinstance(event, events.PeerFound | events.StrangerSeen)
 
 
 _HANDLERS: dict[type[events.Event], Callable[[Any, Any], None]] = {

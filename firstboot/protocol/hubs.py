@@ -60,9 +60,10 @@ class Hubs:
     def explore(self) -> None:
         """Somebody is still missing: a hub dials every address, any other host one more.
 
-        Groups that know nothing of each other meet like this.
+        Groups that know nothing of each other meet like this. Who has met few hosts cannot tell
+        yet whether it is a hub.
         """
-        if self.among:
+        if self.among and len(self._company) >= 2 * self.count:
             for endpoint in list(self._book.parked):
                 self._book.want(endpoint)
         elif self._book.parked and self._book.reached < 4 * self.count:

@@ -178,11 +178,16 @@ def test_a_host_that_knows_nobody_dials_a_few_the_newest_first() -> None:
 
 
 def test_while_hosts_are_missing_a_hub_dials_all_and_others_one_more() -> None:
-    hubs, _, book = large(5, 10, 20, 30)
+    hubs, _, book = large(5, *range(10, 16))
     for number in range(100, 110):
         book.found(at(number), "mdns", 0.0)
     hubs.explore()
     assert len(wanted(book)) == 10
+    hubs, _, book = large(5, *range(10, 15))  # too few to know that it is one
+    for number in range(100, 110):
+        book.found(at(number), "mdns", 0.0)
+    hubs.explore()
+    assert len(wanted(book)) == 1
     hubs, _, book = large(50, 10, 20, 30)
     for number in range(100, 110):
         book.found(at(number), "mdns", 0.0)
