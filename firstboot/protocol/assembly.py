@@ -280,7 +280,7 @@ class Assembly(Supplying):
         if not self._request_asked:
             self._make_request()
         if self.decided is not None:
-            if not self.may_start and now >= self._enrol_at:
+            if now >= self._enrol_at and not (self.enrolled and self.may_start):
                 self._enrol()
             if self.enrolled and not self.noted:
                 self._keep_cluster_channel()

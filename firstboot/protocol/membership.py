@@ -49,7 +49,7 @@ class Membership(Voter):
         """When this host is next to do something as a member, if nothing happens before."""
         enrol = dial = leave = end = NEVER
         if self.decided is not None:
-            if not self.may_start:
+            if not (self.enrolled and self.may_start):
                 enrol = self._enrol_at
             if self.enrolled and not self.noted and not self.founder:
                 dial = self._cluster_dial_at
