@@ -175,7 +175,8 @@ class Voter(Situation):
         accepted = value and election.accept(self.stored.register, this.ballot, value)
         if value is None or accepted is None:
             if not self._authority_asked:
-                self._give_up()
+                # Nothing to propose: others, who may reach more voters, get their turn first.
+                self._give_up(rest=2 * HEARTBEAT if value is None else 0.0)
             return
         this.value = value
         own = messages.Accepted(this.ballot)
@@ -243,12 +244,12 @@ class Voter(Situation):
             if message.master_alive:
                 self._backoff = max(self._backoff, HEARTBEAT)
 
-    def _give_up(self) -> None:
-        """This ballot lost: wait a random while, longer each time, before the next."""
+    def _give_up(self, rest: float = 0.0) -> None:
+        """This ballot lost: wait `rest` and a random while, longer each time, before the next."""
         self.round = None
         self._authority_asked = 0
         self._failed_rounds += 1
-        self._backoff = self.rng.random() * min(0.1 * 2**self._failed_rounds, 3.0)
+        self._backoff = rest + self.rng.random() * min(0.1 * 2**self._failed_rounds, 3.0)
         self._yield_until = max(self._yield_until, self.now)
 
     def _roster(self, epoch: int) -> Roster:
