@@ -215,11 +215,19 @@ def test_the_master_stays_until_its_members_are_supplied(master: Assembly) -> No
     assert of(did, events.Close)
 
 
+def until_certificates(one: Assembly) -> int:
+    """Do every step before that one; its index."""
+    (asked,) = of(one.receive(events.DeadlineReached(), 0.0), events.RunStep)
+    while not isinstance(asked.step, GetCertificates):
+        (asked,) = of(one.receive(events.StepDone(asked.index), 0.5), events.RunStep)
+    index: int = asked.index
+    return index
+
+
 def test_the_master_supplies_itself() -> None:
     one = core(MASTER)
-    (step,) = of(one.receive(events.DeadlineReached(), 0.0), events.RunStep)
-    assert isinstance(step.step, GetCertificates)
-    (sign,) = of(one.receive(events.RequestsMade(0, REQUESTS), 1.0), events.SignRequests)
+    index = until_certificates(one)
+    (sign,) = of(one.receive(events.RequestsMade(index, REQUESTS), 1.0), events.SignRequests)
     assert sign.member == MASTER
     (store,) = of(
         one.receive(events.RequestsSigned(MASTER.node_id, SUPPLIES), 2.0), events.StoreSupplies
@@ -229,8 +237,7 @@ def test_the_master_supplies_itself() -> None:
 
 def test_its_own_refusal_is_said() -> None:
     one = core(MASTER)
-    one.receive(events.DeadlineReached(), 0.0)
-    one.receive(events.RequestsMade(0, REQUESTS), 1.0)
+    one.receive(events.RequestsMade(until_certificates(one), REQUESTS), 1.0)
     one.receive(events.RequestsRefused(MASTER.node_id, 1, "the disk is full"), 2.0)
     assert any(p.code == "DENIED" and "disk is full" in p.text for p in status.problems(one))
     assert of(one.receive(events.DeadlineReached(), 3.5), events.SignRequests)

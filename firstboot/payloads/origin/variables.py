@@ -49,6 +49,7 @@ def derive(known: Mapping[str, str]) -> dict[str, str]:
         "image_version": known["origin_version"],
         "service_ip": str(services.network_address + 1),
         "node_here": _flag(here),
+        "founder_elsewhere": _flag(known["name"] != known["founder_name"]),
         "founder_here": _flag(known["name"] == known["founder_name"]),
         "ovs_here": _flag(here and plugin != "none"),
         "single": _flag(single),
