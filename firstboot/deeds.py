@@ -72,9 +72,7 @@ class Deeds:
             case plan.StartUnit():
                 self._start_unit(step)
             case plan.Probe():
-                from firstboot import health
-
-                health.wait(step, self.root, self._cancelled)
+                self._probe(step)
             case plan.ReachTarget():
                 self._reach_target(step.units)
 
@@ -89,6 +87,16 @@ class Deeds:
         self._cancelled.set()
         if self._systemd is not None:
             self._systemd.cancel()
+
+    def _probe(self, step: plan.Probe) -> None:
+        from firstboot import health
+
+        try:
+            health.wait(step, self.root, self._cancelled)
+        except health.ProbeFailed as error:
+            if step.unit and not self._cancelled.is_set():
+                error.detail = self.systemd.log(step.unit)
+            raise
 
     def _make_directory(self, step: plan.MakeDirectory) -> None:
         path, claim = self.root / step.path[1:], f"claims/{step.path[1:].replace('/', '-')}"
@@ -112,7 +120,7 @@ class Deeds:
 
     def _write_file(self, step: plan.WriteFile) -> None:
         where = self.root / step.path[1:]
-        if step.keep and (where.exists() or where.is_symlink()):
+        if step.keep and where.exists():  # a link that leads nowhere is nothing to keep
             return
         with self._writing:
             content = self._content(step)

@@ -27,7 +27,9 @@ _TLS_WORDS = {
 
 
 class ProbeFailed(LocalError):
-    """The gate did not open; the message is the last reason."""
+    """The gate did not open; the message is the last reason, `detail` whatever tells more."""
+
+    detail = ""
 
 
 def probe(step: Probe, root: Path, seconds: float = TRY_SECONDS) -> None:

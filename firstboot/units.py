@@ -214,6 +214,10 @@ class Systemd:
             if changes:
                 bus.manager("Reload", "")
 
+    def log(self, unit: str) -> str:
+        """The unit's last lines in the journal, bounded; nothing if they cannot be read."""
+        return "\n".join(self._log(unit))
+
     # ------------------------------------------------------------ failures in words
 
     def _failed(

@@ -166,6 +166,7 @@ OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "origin_masters_are_nodes": "true",
                 "origin_schedulable_masters": "true",
                 "origin_unidling": "true",
+                "origin_dns": "dnsmasq",
                 "origin_kubelet_arguments": "{}",
                 "origin_node_labels": "[]",
                 "origin_labels": "{}",

@@ -134,7 +134,8 @@ class Probe:
     """A health gate: GET `url` until it answers 200, for at most `deadline` seconds.
 
     `authority`, `certificate` and `key` are paths on the host, for https. With `contains`, the
-    answer must hold that text; `lacks` says in words what it means if not.
+    answer must hold that text; `lacks` says in words what it means if not. If the gate stays
+    shut, what `unit` wrote last is told as well.
     """
 
     url: str
@@ -144,6 +145,7 @@ class Probe:
     deadline: float = 60.0
     contains: str = ""
     lacks: str = ""
+    unit: str = ""
     when: str = "true"
 
 

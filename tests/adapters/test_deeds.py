@@ -12,6 +12,7 @@ import pytest
 
 from firstboot import host
 from firstboot.deeds import Deeds
+from firstboot.health import ProbeFailed
 from firstboot.protocol import plan
 from firstboot.protocol.errors import LocalError
 from firstboot.units import UnitState
@@ -32,6 +33,9 @@ class Systemd:
 
     def enable(self, _unit: str) -> bool:
         return True
+
+    def log(self, unit: str) -> str:
+        return f"last words of {unit}"
 
     def reload(self) -> None:
         pass
@@ -78,9 +82,9 @@ def test_a_file_to_keep_is_written_once(deeds: Made) -> None:
     deeds.run(step)
     assert (deeds.root / "etc/localtime").read_text() == "theirs"
     (deeds.root / "etc/localtime").unlink()
-    (deeds.root / "etc/localtime").symlink_to("/nowhere")  # as without tzdata: not ours to replace
+    (deeds.root / "etc/localtime").symlink_to("/nowhere")  # as without tzdata
     deeds.run(step)
-    assert (deeds.root / "etc/localtime").is_symlink()
+    assert (deeds.root / "etc/localtime").read_text() == ""  # else a container could not bind it
 
 
 def test_a_file_that_changes_restarts_its_unit_once(deeds: Made) -> None:
@@ -147,6 +151,15 @@ def test_a_port_that_is_taken_is_said_with_who_has_it(deeds: Made) -> None:
     deeds.manager.active = "failed"
     deeds.run(step)
     assert len(deeds.manager.started) == 2
+
+
+def test_a_gate_that_stays_shut_tells_what_its_unit_wrote_last(deeds: Made) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/healthz"
+        with pytest.raises(ProbeFailed, match="connection refused") as caught:
+            deeds.run(plan.Probe(url, deadline=0.1, unit="origin-master-api.service"))
+    assert caught.value.detail == "last words of origin-master-api.service"
 
 
 def test_a_failing_disk_is_a_sentence(deeds: Made) -> None:

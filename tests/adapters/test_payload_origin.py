@@ -595,6 +595,15 @@ def test_no_network_plugin_no_openvswitch() -> None:
     assert not any(isinstance(s, plan.InstallContainer) and s.name == "openvswitch" for s in made)
 
 
+def test_a_host_may_keep_its_name_servers() -> None:
+    made = steps("node", dns="none")
+    assert config_in(made, NODE_CONFIG)["dnsIP"] == "172.30.0.1"
+    assert units(made) == ["docker", "openvswitch", "origin-node"]
+    assert not any(isinstance(s, plan.UseResolver) for s in made)
+    assert not any("dnsmasq.d" in getattr(s, "path", "") for s in made)
+    assert config_in(steps("node"), NODE_CONFIG)["dnsIP"] == "10.77.0.12"
+
+
 def test_masters_that_are_no_nodes() -> None:
     made = steps(masters_are_nodes="false")
     assert units(made)[2:] == ["etcd", "origin-master-api", "origin-master-controllers"]

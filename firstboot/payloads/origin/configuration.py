@@ -145,8 +145,9 @@ def _node_pki(when: str) -> Iterator[Step]:
 
 def host(node: str) -> Iterator[Step]:
     """What containers bind, and what a host of Origin is expected to have; no secret in it."""
-    for path in ("/etc/pki/ca-trust/source/anchors", "/var/lib/origin", "/etc/dnsmasq.hosts"):
+    for path in ("/etc/pki/ca-trust/source/anchors", "/var/lib/origin"):
         yield MakeDirectory(path)
+    yield MakeDirectory("/etc/dnsmasq.hosts", when="${dns_here}")
     yield MakeDirectory(NODE_DIRECTORY, 0o700)
     for path in _BOUND:
         yield MakeDirectory(path, when=node)
@@ -159,19 +160,21 @@ def host(node: str) -> Iterator[Step]:
     yield SetKernel("net.ipv4.ip_forward", "1", when="${ovs_here}")
     dns, dnsmasq = text_of("node-dnsmasq.conf"), "dnsmasq.service"
     yield WriteFile(f"{NODE_DIRECTORY}/node-dnsmasq.conf", dns, when=node)
-    yield WriteFile("/etc/dnsmasq.d/node-dnsmasq.conf", dns, restarts=dnsmasq, when=node)
-    text = text_of("dnsmasq.conf")
-    yield WriteFile("/etc/dnsmasq.d/origin-dns.conf", text, restarts=dnsmasq)
+    when = "${dns_node_here}"
+    yield WriteFile("/etc/dnsmasq.d/node-dnsmasq.conf", dns, restarts=dnsmasq, when=when)
+    text, when = text_of("dnsmasq.conf"), "${dns_here}"
+    yield WriteFile("/etc/dnsmasq.d/origin-dns.conf", text, restarts=dnsmasq, when=when)
     yield UseResolver(
         "${address}",
         search="cluster.local",
         saved=f"{NODE_DIRECTORY}/resolv.conf",
         servers="/etc/dnsmasq.d/origin-upstream-dns.conf",
         restarts=dnsmasq,
+        when=when,
     )
     text = 'DOCKER_NETWORK_OPTIONS="--mtu=1450"\n'
     yield WriteFile("/etc/sysconfig/docker-network", text, restarts="docker.service")
-    yield StartUnit(dnsmasq, ports=("${address}:53",))
+    yield StartUnit(dnsmasq, ports=("${address}:53",), when=when)
     yield StartUnit("docker.service")
 
 
@@ -204,7 +207,7 @@ def names() -> Iterator[Step]:
     """Every host resolves every member's name, whatever DNS there is."""
     yield WriteBlock("/etc/hosts", HOSTS)
     # dnsmasq looks into /etc/hosts at its start only, but follows files in a directory.
-    yield WriteFile("/etc/dnsmasq.hosts/firstboot", HOSTS)
+    yield WriteFile("/etc/dnsmasq.hosts/firstboot", HOSTS, when="${dns_here}")
 
 
 def node_files(when: str) -> Iterator[Step]:

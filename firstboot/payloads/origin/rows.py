@@ -149,9 +149,11 @@ def _node_containers(when: str) -> Iterator[Step]:
 # ---------------------------------------------------------------- order and gates
 
 
-def _api_ready(netloc: str, authority: str, seconds: float, when: str = "true") -> Probe:
+def _api_ready(
+    netloc: str, authority: str, seconds: float, when: str = "true", unit: str = ""
+) -> Probe:
     url = f"https://{netloc}/healthz/ready"
-    return Probe(url, authority, deadline=seconds, when=when)
+    return Probe(url, authority, deadline=seconds, unit=unit, when=when)
 
 
 def _start_master() -> Iterator[Step]:
@@ -164,6 +166,7 @@ def _start_master() -> Iterator[Step]:
         f"{peer}.crt",
         f"{peer}.key",
         deadline=120.0,  # a majority of the masters must be there
+        unit="etcd.service",
     )
     # Up to 3.7 the API server reads its first policy from a file that its own program makes.
     unit = f"{API}-policy.service"
@@ -173,7 +176,8 @@ def _start_master() -> Iterator[Step]:
     yield StartUnit(unit, lasting=False, when="${policy_file}")
     yield StartUnit(f"{API}.service", ports=_API_PORTS, deadline=READY_SECONDS, when="${split}")
     yield StartUnit(f"{SINGLE}.service", ports=_API_PORTS, deadline=READY_SECONDS, when="${single}")
-    yield _api_ready("${loopback}", ca, READY_SECONDS)
+    for name, when in ((API, "${split}"), (SINGLE, "${single}")):
+        yield _api_ready("${loopback}", ca, READY_SECONDS, when, f"{name}.service")
     yield StartUnit(
         f"{CONTROLLERS}.service", ports=(f"0.0.0.0:{CONTROLLERS_PORT}",), when="${split}"
     )
@@ -181,6 +185,7 @@ def _start_master() -> Iterator[Step]:
         f"https://${{url_host}}:{CONTROLLERS_PORT}/healthz",
         ca,
         deadline=READY_SECONDS,
+        unit=f"{CONTROLLERS}.service",
         when="${split}",
     )
 
@@ -198,6 +203,7 @@ def _start_node(when: str) -> Iterator[Step]:
         contains=NODE_READY,
         lacks="the node is registered, but not ready",
         deadline=READY_SECONDS,
+        unit=f"{NODE}.service",
         when=when,
     )
 

@@ -37,6 +37,7 @@ def derive(known: Mapping[str, str]) -> dict[str, str]:
     plugin = known["origin_network_plugin"]
     here = known["role"] == "node" or known["origin_masters_are_nodes"] == "true"
     old = release in ("3.6", "3.7")
+    dns = known["origin_dns"] == "dnsmasq"
     single = release == "3.6" and known["master_count"] == "1"
     # Addresses in what the parts of a host say to each other: containers see no /etc/hosts.
     api_host = known["origin_cluster_hostname"] or known["url_host"]
@@ -51,6 +52,11 @@ def derive(known: Mapping[str, str]) -> dict[str, str]:
         "node_here": _flag(here),
         "founder_elsewhere": _flag(known["name"] != known["founder_name"]),
         "founder_here": _flag(known["name"] == known["founder_name"]),
+        "dns_here": _flag(dns),
+        "dns_node_here": _flag(dns and here),
+        # Without a name server of the host's own, pods ask the API server's by its service.
+        "dns_ip": known["address"] if dns else str(services.network_address + 1),
+        "upstream_resolv": "/etc/origin/node/resolv.conf" if dns else "/etc/resolv.conf",
         "ovs_here": _flag(here and plugin != "none"),
         "single": _flag(single),
         "split": _flag(not single),
