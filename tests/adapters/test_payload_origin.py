@@ -652,6 +652,11 @@ def test_releases(release: str, masters: int) -> None:
     assert ("requestHeader" in config.get("authConfig", {})) is not first
     assert ("clusterNetworks" in config["networkConfig"]) is not first
     assert ("bootstrapPolicyFile" in config["policyConfig"]) is old
+    assert ("assetConfig" in config) is old
+    console = config.get("assetConfig", {}).get(
+        "publicURL", config["oauthConfig"]["assetPublicURL"]
+    )
+    assert console == config["oauthConfig"]["assetPublicURL"]
     assert config["kubernetesMasterConfig"]["masterCount"] == masters
     started = units(made)
     assert ("origin-master-api-policy" in started) is old

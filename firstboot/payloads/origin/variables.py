@@ -28,6 +28,20 @@ authConfig:
     usernameHeaders:
     - X-Remote-User
 """  # begins with Origin 3.7
+ASSETS = """\
+assetConfig:
+  logoutURL: ""
+  masterPublicURL: "https://{at}"
+  publicURL: "https://{at}/console/"
+  servingInfo:
+    bindAddress: "0.0.0.0:8443"
+    bindNetwork: tcp4
+    certFile: master.server.crt
+    clientCA: ""
+    keyFile: master.server.key
+    maxRequestsInFlight: 0
+    requestTimeoutSeconds: 0
+"""  # the console, until Origin 3.7; later it is a pod
 _RELEASE = re.compile(r"v?(3\.[0-9]+)\b")
 
 
@@ -64,6 +78,7 @@ def derive(known: Mapping[str, str]) -> dict[str, str]:
         "policy_split": _flag(old and not single),
         "policy_single": _flag(old and single),
         "aggregator": "" if release == "3.6" else AGGREGATOR,
+        "assets": ASSETS.format(at=_netloc(public_host)) if old else "",
         "cluster_networks": "" if release == "3.6" else _cluster_networks(known),
         "policy_key": POLICY_KEY if old else "",
         "masters_group": "" if release == "3.6" else "system:masters",
