@@ -93,6 +93,10 @@ class Plain(World):
         core.cost = Measured.cost
         return core
 
+    def fsync(self) -> float:
+        """A quick disk: the master writes once for every host, and this is not about that."""
+        return 0.001
+
     def announce(self, host: Host) -> None:
         """Discovery."""
         if self.discovery == "mdns":
@@ -173,12 +177,40 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """The same as a picture: what a node and the master do, a host, over the number of hosts."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if row.discovery == "seeds"]
+    hosts = [row.hosts for row in rows]
+    kinds = (
+        ("messages sent", "sent", 1.0),
+        ("KiB sent", "bytes_sent", 1 / 1024),
+        ("ms of CPU in the core", "cpu", 1000.0),
+    )
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for axis, (name, item, unit) in zip(axes, kinds, strict=True):
+        master = [getattr(row.master, item) * unit / row.hosts for row in rows]
+        node = [getattr(row.node, item) * unit for row in rows]
+        axis.semilogx(hosts, node, "o-", label="a node (median)")
+        axis.semilogx(hosts, master, "s--", label="the master, for each host")
+        axis.set(xlabel="hosts", title=name)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> int:
     """Run the sizes asked for; write a table and JSON."""
     parser = argparse.ArgumentParser(prog="python -m tests.sim.scale", description=__doc__)
     parser.add_argument("--hosts", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--discovery", choices=("seeds", "mdns"), nargs="+", default=["seeds"])
     parser.add_argument("--report", type=Path, help="write PATH.json and PATH.md")
+    parser.add_argument("--plot", type=Path, help="write a picture there; needs matplotlib")
     options = parser.parse_args()
     rows = []
     for hosts in options.hosts:
@@ -190,6 +222,8 @@ def main() -> int:
         options.report.with_suffix(".md").write_text(table(rows) + "\n")
         plain = [asdict(row) for row in rows]
         options.report.with_suffix(".json").write_text(json.dumps(plain, indent=1) + "\n")
+    if options.plot is not None:
+        plot(rows, options.plot)
     return 0
 
 
