@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from firstboot.payloads.rows import OPTIONS, PAYLOADS
-from firstboot.protocol import plan
+from firstboot.protocol import events, plan, status
 from firstboot.protocol.messages import MAX_BYTES, encode
 from firstboot.protocol.model import Member, Value
 from tests.adapters.origin_hosts import Cluster, Host
@@ -457,6 +457,33 @@ def test_every_host_resolves_every_member(three: Cluster) -> None:
             "server=/in-addr.arpa/127.0.0.1",
             "server=/cluster.local/127.0.0.1",
         ]
+
+
+def test_who_asks_in_another_hosts_name_is_refused_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(tmp_path, 1, 2)
+    master, thief, victim = cluster.hosts
+    asked = thief.carrier.supply.requests
+
+    def in_their_name(_order: Any) -> Any:
+        return asked(thief.carrier._order(victim.member))
+
+    monkeypatch.setattr(thief.carrier.supply, "requests", in_their_name)
+    cluster.connect()
+    cluster.run(20.0)
+    assert master.core.running and victim.core.running and not thief.core.running
+    (problem,) = (p for p in status.problems(thief.core) if p.code == "DENIED")
+    assert "names CN=system:node:host-3,O=system:nodes" in problem.text
+    assert "but this host is CN=system:node:host-2,O=system:nodes" in problem.text
+    assert "Confirmed" not in thief.sent
+    used = master.read(f"{MASTER}/ca.serial.txt")
+    monkeypatch.undo()
+    own = asked(thief.carrier._order(thief.member))
+    cluster.tell(thief, events.RequestsMade(thief.core.steps_done, own))
+    cluster.run(30.0)
+    assert all(h.core.running for h in cluster.hosts)  # and what was refused took no number
+    assert int(master.read(f"{MASTER}/ca.serial.txt"), 16) == int(used, 16) + 2
 
 
 def test_a_master_learns_of_members_that_come_late(tmp_path: Path) -> None:

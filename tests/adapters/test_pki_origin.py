@@ -441,7 +441,7 @@ def test_a_request_nobody_has_a_row_for_is_refused(master: Host, tmp_path: Path)
     asked = (*node.supply.requests(order), Item("admin", request("/CN=system:admin")))
     with pytest.raises(RemoteError, match="nobody asked for"):
         master.supply.issue(order, asked, node.certificate, [], 1, NOW)
-    with pytest.raises(RemoteError, match=r"node\.server is missing"):
+    with pytest.raises(RemoteError, match=r"node\.client is missing"):
         master.supply.issue(order, asked[1:], node.certificate, [], 1, NOW)
 
 

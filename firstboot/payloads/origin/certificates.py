@@ -63,7 +63,6 @@ def _etcd(name: str, use: Profile) -> Leaf:
 def _node(when: str) -> tuple[Leaf, ...]:
     hosts = ("${name}", "${address}")
     return (
-        Leaf("node.server", "ca", Profile.SERVER, hosts=hosts, chain=True, when=when),
         Leaf(
             "node.client",
             "ca",
@@ -72,6 +71,7 @@ def _node(when: str) -> tuple[Leaf, ...]:
             ("system:nodes",),
             when=when,
         ),
+        Leaf("node.server", "ca", Profile.SERVER, hosts=hosts, chain=True, when=when),
     )
 
 
