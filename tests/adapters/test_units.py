@@ -37,8 +37,11 @@ ExecStart=/bin/sh -c 'systemd-notify --ready; exec sleep infinity'""",
     "killed.service": "Type=oneshot\nExecStart=/bin/sh -c 'kill -SEGV $$$$'",
     "mute.service": "Type=notify\nTimeoutStartSec=300ms\nExecStart=/bin/sleep infinity",
     "slow.service": "Type=notify\nTimeoutStartSec=infinity\nExecStart=/bin/sleep infinity",
-    "stubborn.service": """TimeoutStopSec=1500ms
-ExecStart=/bin/sh -c 'trap "" TERM; sleep infinity & wait; wait'""",
+    # Ready only once the trap is set: a signal that comes before it would end it.
+    "stubborn.service": """Type=notify
+NotifyAccess=all
+TimeoutStopSec=1500ms
+ExecStart=/bin/sh -c 'trap "" TERM; systemd-notify --ready; sleep infinity & wait; wait'""",
     "quits.service": "Type=notify\nExecStart=/bin/true",
     "done.service": "Type=oneshot\nExecStart=/bin/true",
     # Started only when the main process has gone: it is never seen active, however slow we are.
