@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Collection, Container
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from firstboot.protocol.election import unique_name
@@ -52,13 +52,13 @@ class Roster:
         node_id: str,
         request: Enrol,
         seen_at: Collection[str],
-        present: Container[str] | None = None,
+        at: Callable[[str], str | None] | None = None,
     ) -> Member | str:
         """The member to sign for, or why not, in one sentence.
 
         `seen_at` are the IP addresses at which this host itself met the peer: a request for any
-        other address is refused, whoever sends it. `present` are the hosts that are connected now:
-        only they still hold their address, others may have been re-created. None: all of them.
+        other address is refused, whoever sends it. `at` tells where a connected host is now: only
+        there it still holds its address, others may have moved or been re-created. None: all hold.
         """
         if request.epoch != value.epoch:
             return f"the master of epoch {value.epoch} signs no request of epoch {request.epoch}"
@@ -71,7 +71,7 @@ class Roster:
             return known.member
         if request.host not in seen_at:
             return f"address {request.host} is not where this host was met"
-        if self._held(request.host, node_id, value, present):
+        if self._held(request.host, node_id, value, at):
             return f"address {request.host} belongs to another member"
         taken = len(self.issued) + len(self.pending)
         absent = [m.node_id for m in value.masters if m.node_id not in self.issued]
@@ -85,13 +85,13 @@ class Roster:
         return member
 
     def _held(
-        self, address: str, node_id: str, value: Value, present: Container[str] | None
+        self, address: str, node_id: str, value: Value, at: Callable[[str], str | None] | None
     ) -> bool:
         """Whether another host holds that address: a named master always does."""
         if any(m.host == address and m.node_id != node_id for m in value.masters):
             return True
         others = self._holders.get(address, set()) - {node_id}
-        return any(present is None or other in present for other in others)
+        return any(at is None or at(other) == address for other in others)
 
     def _named(self, value: Value, node_id: str, request: Enrol) -> Member:
         for master in value.masters:

@@ -105,7 +105,7 @@ class Membership(Voter):
         answer = (
             "admission is closed"
             if self.stored.closed
-            else self.roster.decide(self.config, value, sender, message, seen_at, self.company)
+            else self.roster.decide(self.config, value, sender, message, seen_at, self.company.at)
         )
         if isinstance(answer, Member):
             rows = self.payload.for_role(value.role_of(sender))

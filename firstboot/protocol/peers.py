@@ -93,6 +93,11 @@ class Company:
         """Whether that host is here: this one always is."""
         return node_id == self._me or node_id in self._present
 
+    def at(self, node_id: str) -> str | None:
+        """The IP address where that host is present, as it says itself."""
+        entry = self._entries.get(node_id)
+        return None if entry is None else entry[2].host
+
     @property
     def silent_at(self) -> float:
         """When the first of them counts as silent if it says nothing more; monotonic seconds."""

@@ -193,15 +193,24 @@ def test_an_address_is_free_again_once_its_member_is_gone() -> None:
     roster = Roster()
     admit(roster, node(1), ask())
     request, seen = ask(key=OTHER_KEY), ("10.0.0.9",)
-    held = roster.decide(CONFIG, ONE, node(2), request, seen, present={node(1), node(2)})
+    held = roster.decide(CONFIG, ONE, node(2), request, seen, at={node(1): request.host}.get)
     assert held == "address 10.0.0.9 belongs to another member"
-    free = roster.decide(CONFIG, ONE, node(2), request, seen, present={node(2)})
+    free = roster.decide(CONFIG, ONE, node(2), request, seen, at={node(2): request.host}.get)
     assert isinstance(free, Member) and free.node_id == node(2)
+
+
+def test_an_address_is_free_again_once_its_member_has_moved() -> None:
+    roster = Roster()
+    admit(roster, node(1), ask())
+    request = ask(key=OTHER_KEY)
+    seen = (request.host,)
+    moved = {node(1): "10.0.0.77"}.get
+    assert isinstance(roster.decide(CONFIG, ONE, node(2), request, seen, at=moved), Member)
 
 
 def test_a_masters_address_is_held_also_while_it_is_away() -> None:
     request = ask(host=SECOND.host)
-    answer = Roster().decide(CONFIG, THREE, node(1), request, (SECOND.host,), present={node(1)})
+    answer = Roster().decide(CONFIG, THREE, node(1), request, (SECOND.host,), at={}.get)
     assert answer == f"address {SECOND.host} belongs to another member"
 
 

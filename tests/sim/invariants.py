@@ -289,8 +289,8 @@ class Witness(Conduct):
         value, kept = host.disk.stored.decided, set(host.disk.authorities)
         if value is None or not value.active or host.core is None or host.node_id in self.forgot:
             return
-        if world.hostile and world.faults.disk_errors:
-            return  # it may be about to try again
+        if host.busy or (world.hostile and world.faults.disk_errors):
+            return  # it is about to, or to try again
         allowed = {value.epoch} if value.founder.node_id == host.node_id else set()
         self.must(kept <= allowed, "I6: a CA key of another epoch, or no master's, is kept")
 

@@ -131,6 +131,11 @@ class Host:
                 world.rng.random() * 2.0, lambda: self.crash() if boots == self.boots else None
             )
 
+    @property
+    def busy(self) -> bool:
+        """Whether its disk still has something to do."""
+        return bool(self._deeds)
+
     def up(self) -> bool:
         """Whether its process runs."""
         return self.core is not None
