@@ -9,6 +9,7 @@
 # make mutants    the core with one rule broken each must fail in the simulator; REPORT=path
 # make explore    every interleaving of three voters, in larger bounds than the tests'
 # make demo       watch HOSTS=3 machines become a cluster; KEEP=1 leaves them running
+# make acceptance  three machines become an Origin cluster: ORIGIN_IMAGES=DIR, or test doubles
 # make image      the image the machines boot from, under build/image
 # make install    DESTDIR= PREFIX=/usr; needs no pip
 # make lock       pin the newest Python packages that pyproject.toml allows; needs uv on PATH
@@ -18,7 +19,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup packages check test machines scenarios sim mutants chaos bench explore demo image install lock clean
+.PHONY: help setup packages check test machines scenarios sim mutants chaos bench explore demo acceptance image install lock clean
 
 PREFIX ?= /usr
 DESTDIR ?=
@@ -27,6 +28,7 @@ PYTEST_ARGS ?=
 HOSTS ?= 3
 MASTERS ?= 1
 KEEP ?=
+ORIGIN_IMAGES ?=
 SEEDS ?= 500
 RUNS ?= 20
 SEED ?= 0
@@ -133,6 +135,10 @@ explore: setup
 
 demo: image
 	@$(SUDO) $(VENV)/python -m tests.machines.demo --hosts $(HOSTS) --masters $(MASTERS) $(if $(KEEP),--keep)
+
+acceptance: image
+	@$(SUDO) $(VENV)/python -m tests.machines.acceptance \
+		$(if $(ORIGIN_IMAGES),--images $(ORIGIN_IMAGES))
 
 # ---- the product ----
 

@@ -15,8 +15,8 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 REBOOTED = 133  # nspawn's exit status when the machine asks for a reboot and there is no unit
@@ -44,6 +44,7 @@ class Hardware:
     namespace: Path
     cgroups: Sequence[Path]
     binds: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def console(self) -> Path:
@@ -79,6 +80,7 @@ class Boot:
                     "PATH": os.environ["PATH"],
                     "NOTIFY_SOCKET": address,
                     "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1",
+                    **hardware.environment,
                 },
             )
         self._thread = threading.Thread(target=self._listen, name=hardware.name, daemon=True)

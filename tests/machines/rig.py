@@ -218,7 +218,8 @@ class Rig:
     An error that leaves the block takes consoles and journals along, to ARTEFACTS.
 
     `overrides` gives single machines another user-data. `image` is the file `layers` that
-    tests/machines/image wrote. `binds` are nspawn's ``SOURCE:TARGET``, read-only.
+    tests/machines/image wrote. `binds` are nspawn's ``SOURCE:TARGET``, read-only; `environment` is
+    nspawn's own.
     """
 
     live: ClassVar[list[Rig]] = []
@@ -231,11 +232,12 @@ class Rig:
         overrides: Mapping[int, str] | None = None,
         image: Path = IMAGE,
         binds: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         if not image.exists():
             raise FileNotFoundError(f"{image} is missing: run `make image` as root")
         self._layers = [Path(line) for line in image.read_text().splitlines()]
-        self._binds = binds
+        self._binds, self._environment = binds, environment or {}
         self.run = Run()
         try:
             _raise_inotify(self.run)
@@ -317,6 +319,7 @@ class Rig:
             namespace=self.network.namespace(number),
             cgroups=cgroups(f"{self.run.prefix}/{number}"),
             binds=self._binds,
+            environment=self._environment,
         )
         machine = Machine(number, hardware, self.network.address(number))
         _write_seed(hardware.seed, user_data)
