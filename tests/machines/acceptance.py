@@ -78,10 +78,9 @@ def stand_ins(directory: Path) -> Path:
 
 
 def origin_data(found: dict[str, str]) -> str:
-    """The user-data; a default route as well, which the API server wants."""
+    """The user-data all three machines share."""
     names = ", ".join(f"{part}: '{name}'" for part, name in found.items())
-    text = document(HOSTS, payload="origin", origin=f"{{images: {{{names}}}}}")
-    return user_data(text) + "bootcmd:\n- ip route replace default dev eth0\n"
+    return user_data(document(HOSTS, payload="origin", origin=f"{{images: {{{names}}}}}"))
 
 
 # ---------------------------------------------------------------- the proof
@@ -149,7 +148,8 @@ def explain(machine: Machine) -> None:
     installed = machine.exec("firstboot", "containers", "list", "--all", "--json", check=False)
     for each in json.loads(installed.stdout or "[]"):
         unit = f"{each['name']}.service"
-        words = ("journalctl", "--no-pager", "-o", "short", "-n", str(LINES), "-u", unit)
+        # Its own words only: systemd's about the unit would push them out.
+        words = ("journalctl", "--no-pager", "-n", str(LINES), f"_SYSTEMD_UNIT={unit}")
         print(f"-- {unit}\n{machine.exec(*words, check=False).stdout}")
 
 
