@@ -83,7 +83,8 @@ class Conduct:
         """W2 and W4, when a host starts a round."""
         now, base = host.world.now, this.base
         if this.replacing and base is not None and base.founder.node_id != host.node_id:
-            silent = now - self.first_held.get(base, now)
+            # With every disk full that value may be on none yet: since when it stands is not known.
+            silent = now - self.first_held.get(base, -MASTER_SILENT)
             self.must(silent >= MASTER_SILENT, "W2: to be replaced, though not silent for 30 s")
         if this.purpose is Purpose.FOUND and self._in_grace(host):
             few = len(self.voters_met(host)) < 2 * host.document.expect

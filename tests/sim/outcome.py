@@ -45,10 +45,18 @@ def _out(world: World, host: Host) -> bool:
         return True  # it was re-created or moved, and an address is a member's for good
     if host.node_id in world.witness.forgot and "with another key" in core.denied:
         return True  # its disk was set back to before its key was made
+    if any(_set_back(world, founder) for founder in founders):
+        return True
     roster = [f.core.roster.issued for f in welcome if f.core is not None]
     return bool(roster) and all(
         full(host.document, len(r)) and host.node_id not in r for r in roster
     )
+
+
+def _set_back(world: World, founder: Host) -> bool:
+    """Whether its disk is a copy from before ACTIVE, which only those know that left since."""
+    core = founder.core
+    return founder.node_id in world.witness.forgot and core is not None and not core.active_seen
 
 
 def _quorum_at_last(group: list[Host], config: ClusterConfig) -> int:
@@ -87,6 +95,9 @@ def _complaint(world: World, host: Host) -> list[str]:
         voters < max(_quorum_at_last(group, config), config.masters) or core.overlaunched
     ):
         return _must_say_what_is_missing(host, voters)
+    votes = [h.disk.stored.register.value for h in group]
+    if core.decided is not None and not core.decided.active and not any(votes):
+        return []  # whoever voted for that candidate was re-created or lost its votes
     if any(h.config is not None for h in world.hosts) and _says_mismatch(core):
         return []
     return [f"{host.index} is stuck: {status.sentence(core)[0]}"]
