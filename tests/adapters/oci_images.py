@@ -49,6 +49,14 @@ def need_tools() -> None:
         pytest.fail(f"{', '.join(missing)} missing: run 'make setup'")
 
 
+def need_root() -> None:
+    """Skip where a person without root runs this by hand; in CI that is a failure."""
+    if os.geteuid() and os.environ.get("CI"):
+        pytest.fail("needs root: run `make test`", pytrace=False)
+    if os.geteuid():
+        pytest.skip("needs root: run `make test`")
+
+
 class Link(str):
     """A symbolic link's target, as an image's content."""
 

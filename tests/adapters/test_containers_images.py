@@ -31,6 +31,7 @@ from tests.adapters.oci_images import (
     current,
     install,
     layer,
+    need_root,
     need_tools,
     snapshot,
 )
@@ -372,8 +373,7 @@ print(containers.install(Path(sys.argv[1]), "web", "docker:team/web:1", {}).cont
 
 
 def test_an_image_of_the_docker_daemon(root: Path, plain: str, tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root to put a socket where the daemon's is: run `make test`")
+    need_root()
     archive = docker_archive(tmp_path / "web.tar", plain, "team/web:1")
     socket = tmp_path / "docker.sock"
     enter = 'mount -t tmpfs tmpfs /run && ln -s "$0" /run/docker.sock && exec "$@"'

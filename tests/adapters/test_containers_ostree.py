@@ -33,6 +33,7 @@ from tests.adapters.oci_images import (
     current,
     install,
     layer,
+    need_root,
     need_tools,
     slot,
     unit,
@@ -304,8 +305,7 @@ def test_var_may_be_another_mount_of_the_repositorys_file_system(
         "print(containers.install(Path(sys.argv[1]), 'web', sys.argv[2], {}).container.deployment)"
     )
     argv = ["unshare", "-m", "sh", "-euc", script, "sh", sys.executable]
-    if os.geteuid() != 0:
-        pytest.skip("needs root: run `make test`")
+    need_root()
     done = subprocess.run(
         [*argv, "-c", program, str(root), plain], capture_output=True, text=True, check=True
     )
@@ -508,8 +508,7 @@ print(containers.install(root, "web", large, {}).container.deployment)
 
 def test_a_full_disk_during_an_import(root: Path, plain: str, tmp_path: Path) -> None:
     """The container in use stays, nothing is half there, and with room again it is installed."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root: run `make test`")
+    need_root()
     big = tmp_path / "big"
     big.write_bytes(os.urandom(4_000_000))
     large = build(tmp_path / "large", PLAIN, {"big": big})
