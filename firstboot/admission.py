@@ -78,7 +78,10 @@ def _closed_cluster(root: Path) -> tuple[Document, Stored, Value]:
         message = f"only the master of cluster {document.config.cluster} admits hosts"
         raise UserError(message, hint=f"run this on {where}", code=USAGE)
     if not stored.closed:
-        hint = "a host with the same document joins without a one-time token"
+        hint = (
+            "a host with the same document joins without a one-time token; once all expected"
+            " hosts are in, it closes when election.grace is over"
+        )
         raise UserError("admission is still open", hint=hint, code=USAGE)
     if not directory.complete:
         hint = "wait for it: firstboot status --wait"

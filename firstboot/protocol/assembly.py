@@ -236,7 +236,7 @@ class Assembly(Supplying):
 
     @property
     def admission_over(self) -> bool:
-        """Whether no further host will be let in: all are, or the window has ended."""
+        """Whether no further host will be let in or told: all are, or the window has ended."""
         if self.stored.closed:
             return True
         if self._active_since is None:
@@ -246,7 +246,7 @@ class Assembly(Supplying):
         members = self.roster.issued.keys()
         if not full(self.config, len(members)) or len(self.confirmed) < len(members) - 1:
             return False
-        return members - {self.me.node_id} <= self.confirmed
+        return members - {self.me.node_id} <= self.confirmed and self.now >= self._stays_until
 
     def _nobody_waits(self) -> bool:
         if self.founder:

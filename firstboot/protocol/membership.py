@@ -56,8 +56,18 @@ class Membership(Voter):
                 if self.running_since is not None:
                     leave = self.running_since + LEAVE_ANYWAY
         if self._active_since is not None:
-            end = self._active_since + self.config.join_window
+            end = soonest(self.now, self._stays_until, self._active_since + self.config.join_window)
         return soonest(self.now, self._tell_at, self._confirm_at, enrol, dial, leave, end)
+
+    @property
+    def _stays_until(self) -> float:
+        """When nobody more is waited for, though all are in.
+
+        Hosts launched beyond `expect` form a cluster of their own once their own grace is over,
+        unless they meet one that is active before: so its master can be met for as long.
+        """
+        stays = self.config.grace if self.config.expect > 1 else 0.0
+        return NEVER if self._active_since is None else self._active_since + stays
 
     @property
     def supplied(self) -> bool:

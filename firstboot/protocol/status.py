@@ -8,6 +8,7 @@ from typing import Any
 
 from firstboot.protocol import plan
 from firstboot.protocol.assembly import Assembly
+from firstboot.protocol.enrolment import full
 from firstboot.protocol.model import Channel, Member, Stage
 from firstboot.protocol.peers import Peer
 from firstboot.protocol.voter import MASTER_SILENT
@@ -264,6 +265,9 @@ def _running(core: Assembly) -> tuple[str, str]:
     if core.founder and core.open:
         enrolled, expect = len(core.roster.issued), core.config.expect
         unconfirmed = enrolled - 1 - len(core.confirmed & core.roster.issued.keys())
+        if full(core.config, enrolled) and not unconfirmed:
+            stays = f"for {core.config.grace:.0f} s it tells hosts launched beyond them so"
+            return f"{text}; all {enrolled} hosts are in, and {stays}.", ""
         if enrolled < expect or not unconfirmed:
             return f"{text}; {enrolled} of {expect} hosts enrolled, admission is open.", ""
         return f"{text}; {unconfirmed} members have not reported back yet.", ""

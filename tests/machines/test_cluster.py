@@ -67,7 +67,7 @@ def token() -> str:
 
 @pytest.fixture(scope="module")
 def cluster(token: str) -> Iterator[Rig]:
-    with Rig(3, user_data(document(3, token))) as rig:
+    with Rig(3, user_data(document(3, token, election="{grace: 20s}"))) as rig:
         rig.start()
         wait_running(rig)
         yield rig
@@ -124,7 +124,7 @@ def test_nothing_resident_is_left(cluster: Rig) -> None:
             for m in cluster
         )
 
-    cluster.wait(left, 30, "firstboot.service has ended on every host")
+    cluster.wait(left, 60, "firstboot.service has ended on every host")
 
 
 # Reads the token from standard input: as an argument it would find itself.

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.machine, pytest.mark.scenario("A26")]
 
 @pytest.fixture
 def rig(launch: Launch) -> Iterator[Rig]:
-    made = launch(3, user_data(document(2)))
+    made = launch(3, user_data(document(2, election="{grace: 2s}")))
     made.start(1, 2)
     wait_running(made, 1, 2)
     yield made

@@ -20,6 +20,7 @@ from tests.network.rig import Network
 from tests.network.run import wait_until
 
 PROJECT = Path(__file__).parents[2]
+QUICK = "{grace: 5s}"  # for as long the master stays when all are in
 
 
 class Host:
@@ -99,7 +100,7 @@ class Hosts:
         overrides: Mapping[int, str] | None = None,
     ) -> None:
         self.network = Network(count)
-        text = text or document(count, payload="none")
+        text = text or document(count, payload="none", election=QUICK)
         self.all = [Host(self.network, n, directory / f"h{n}") for n in self.network.hosts]
         for host in self.all:
             host.configure((overrides or {}).get(host.number, text))

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from tests.machines.document import document
 from tests.network.hosts import Host, Hosts
 from tests.network.rig import Network, call
 from tests.network.run import wait_until
@@ -70,7 +71,9 @@ def _row(what: str, numbers: Sequence[float], digits: int, *, total: bool = Fals
 def form(hosts: int, directory: Path, timeout: float) -> Figures:
     """One formation of that many; TimeoutError if not all run in that many seconds."""
     figures = Figures(hosts, os.cpu_count() or 1, os.getloadavg()[0])
-    with _room_for_neighbours(hosts * hosts), Hosts(hosts, directory) as many:
+    # They start one after the other: all are to be in it, and the master ends soon.
+    text = document(hosts, payload="none", election="{strict: true, grace: 5s}")
+    with _room_for_neighbours(hosts * hosts), Hosts(hosts, directory, text) as many:
         began = time.time()
         many.start()
         left = dict(enumerate(many.all))

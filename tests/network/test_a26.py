@@ -21,7 +21,7 @@ from firstboot.carrier import RELEASED
 from firstboot.host import StateDirectory
 from firstboot.protocol.model import Register, Stored
 from tests.machines.document import document
-from tests.network.hosts import PROJECT, Host, Hosts
+from tests.network.hosts import PROJECT, QUICK, Host, Hosts
 from tests.network.run import wait_until
 
 pytestmark = [pytest.mark.network, pytest.mark.scenario("A26")]
@@ -83,7 +83,7 @@ def firstboot(host: Host, *words: str, said: str = "") -> tuple[int, str]:
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[Hosts]:
     """Three hosts that became a cluster 90 days ago, all processes ended; two more to come."""
-    with Hosts(5, tmp_path, document(3, payload="none")) as made:
+    with Hosts(5, tmp_path, document(3, payload="none", election=QUICK)) as made:
         past = tmp_path / "past"
         past.mkdir()
         # Everything that tells wall-clock time there tells that of 90 days ago.
@@ -331,7 +331,7 @@ def authorities(host: Host) -> dict[str, bytes]:
 
 def test_a26_no_more_than_were_asked_for(tmp_path: Path) -> None:
     """Three masters; two hosts come with one token for one."""
-    with Hosts(5, tmp_path, document(3, payload="none", masters="3")) as hosts:
+    with Hosts(5, tmp_path, document(3, payload="none", masters="3", election=QUICK)) as hosts:
         hosts.start(1, 2, 3)
         hosts.wait_running(1, 2, 3)
         for host in hosts.all[:3]:

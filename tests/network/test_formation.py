@@ -15,7 +15,7 @@ import pytest
 
 from firstboot.userdata import make_token
 from tests.machines.document import document
-from tests.network.hosts import PROJECT, Hosts
+from tests.network.hosts import PROJECT, QUICK, Hosts
 from tests.network.run import wait_until
 
 pytestmark = pytest.mark.network
@@ -40,7 +40,7 @@ def test_three_hosts_form_over_mdns(tmp_path: Path) -> None:
 @pytest.mark.scenario("A31")
 def test_files_are_private_and_the_token_stays_where_it_was(tmp_path: Path) -> None:
     token = make_token()
-    with Hosts(2, tmp_path, document(2, token, **NONE)) as hosts:
+    with Hosts(2, tmp_path, document(2, token, election=QUICK, **NONE)) as hosts:
         hosts.start()
         hosts.wait_running()
         for host in hosts.all:

@@ -212,7 +212,10 @@ def test_the_master_stays_until_its_members_are_supplied(master: Assembly) -> No
     for action in list(did):
         if isinstance(action, events.Persist):
             did += master.receive(events.PersistDone(action.sequence), 53.0)
-    assert of(did, events.Close)
+    assert not of(did, events.Close)
+    assert master.deadline <= 120.0
+    assert of(master.receive(events.DeadlineReached(), 120.0), events.Persist)
+    assert master.closed
 
 
 def until_certificates(one: Assembly) -> int:

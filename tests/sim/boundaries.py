@@ -47,13 +47,16 @@ class Boundaries(World):
         host.absent = not self.back
         return True
 
+    def _all_others_run(self) -> bool:
+        return all(runs(h) for h in self.hosts if h is not self.victim)
+
     def play(self) -> None:
         """Run it, and check what became of everybody; raises on a violation."""
         self.schedule()
         if self.back:
             settle(self)
             return
-        self.run(self.bound, lambda: all(runs(h) for h in self.hosts if h is not self.victim))
+        self.run(self.bound, lambda: self.victim is not None and self._all_others_run())
         self.witness.finish(self)
         lost = [h for h in self.hosts if h is not self.victim and not runs(h)]
         silent = [h for h in lost if not self.witness.active or not _says_lost(h)]
