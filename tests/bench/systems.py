@@ -182,7 +182,9 @@ class Firstboot:
             return self._form(network, directory, Path(memory))
 
     def _form(self, network: Network, directory: Path, memory: Path) -> Formation:
-        text = document(len(network.hosts), make_token(), payload="none")
+        # All must agree in the grace period in any case; the master stays for only that long.
+        election = "{strict: true, grace: 100ms}"
+        text = document(len(network.hosts), make_token(), payload="none", election=election)
         roots = [directory / f"h{n}" for n in network.hosts]
         for number, root in zip(network.hosts, roots, strict=True):
             (root / "etc/firstboot").mkdir(parents=True)
