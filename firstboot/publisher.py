@@ -6,12 +6,11 @@ import os
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from firstboot import host
-from firstboot.discovery.interface import Provider
+from firstboot.discovery.interface import Provider, ProviderReport
 from firstboot.journal import Journal
 from firstboot.protocol import status
 from firstboot.protocol.assembly import Assembly
@@ -19,6 +18,7 @@ from firstboot.protocol.errors import FirstbootError
 from firstboot.protocol.model import Stage
 
 HISTORY = "history.jsonl"
+MAX_TEXT = 300  # characters of a provider's error or remedy
 MAX_HISTORY = 8 * 1024 * 1024  # bytes; a run that waits for days stops recording, not forming
 
 
@@ -86,14 +86,16 @@ class Publisher:
         self, core: Assembly, providers: Iterable[Provider], **more: object
     ) -> dict[str, Any]:
         """Tell where the core stands; `more` are further items of the status."""
-        now = status.describe(core, time.time() - time.monotonic())
+        offset = time.time() - time.monotonic()
+        now = status.describe(core, offset)
+        next_try = status.looks_again(core, offset)
         if now["sentence"] != self.shown.get("sentence"):
             self._since = time.time()
         self.note(core)
         now |= {
             "since": self._since,
             "timeline": self._timeline,
-            "providers": [asdict(p.report()) for p in providers],
+            "providers": [_fares(p.report(), next_try) for p in providers],
             **more,
         }
         before, self.shown = self.shown, now
@@ -130,6 +132,23 @@ class Publisher:
         with suppress(FirstbootError):  # a full /run must stop neither host nor journal
             host.write_status(self._root, now)
         self._journal.report(now, before)
+
+
+def _fares(report: ProviderReport, next_try: float | None) -> dict[str, Any]:
+    """A provider's report as plain data, fit to be shown: texts short and printable.
+
+    `next_try` is when the core asks all providers again, Unix time, None if it does not.
+    """
+    texts = {"error": report.error, "detail": report.detail, "remedy": report.remedy}
+    shown = {key: _printable(text) for key, text in texts.items()}
+    waits = report.next_try < 0 or next_try is None
+    at = None if waits else round(max(report.next_try, next_try or 0.0), 1)
+    return {"name": report.name, "found": report.found, **shown, "next_try": at}
+
+
+def _printable(text: str) -> str:
+    clean = "".join(c if c.isprintable() else "?" for c in text[:MAX_TEXT])
+    return clean if len(text) <= MAX_TEXT else f"{clean}…"
 
 
 def _steady(shown: dict[str, Any]) -> dict[str, Any]:

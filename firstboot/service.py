@@ -22,8 +22,8 @@ from typing import Any
 
 from firstboot import host, pki, userdata
 from firstboot.carrier import Carrier
+from firstboot.discovery import providers
 from firstboot.discovery.interface import Context, Provider
-from firstboot.discovery.providers import LOADS, PROVIDERS
 from firstboot.journal import WARNING, Journal
 from firstboot.late import late_patterns
 from firstboot.payloads.rows import OPTIONS, PAYLOADS
@@ -55,6 +55,7 @@ class Service:
         self._wake = asyncio.Event()
         self.transport = Transport(self.put)
         self.providers: list[Provider] = []
+        self._chosen: list[tuple[str, providers.Options]] = []
         self._disk = ThreadPoolExecutor(1, "disk")
         self._work = ThreadPoolExecutor(1, "work")
         self.options: dict[str, str] = {}
@@ -111,9 +112,9 @@ class Service:
         if facts is None:
             return
         memory = self._loop.run_in_executor(self._disk, self._memory, facts)
-        for spec in self.document.discovery:
-            if spec.name in LOADS:
-                LOADS[spec.name]()  # meanwhile the disk works
+        listed = [(spec.name, spec.options) for spec in self.document.discovery]
+        self._chosen = providers.choose(listed, facts.platform)
+        providers.load(name for name, _ in self._chosen)  # meanwhile the disk works
         key, known, voter = await memory
         endpoint = facts.endpoint or Endpoint("127.0.0.1", facts.port)
         self.options = self.document.options_for(facts.matches)
@@ -130,7 +131,7 @@ class Service:
             self._watching = asyncio.ensure_future(self._watch_address(facts.endpoint.host))
         self.carrier.open_cluster_channel()
         if not known.closed:
-            await self._open_formation(me, key)
+            await self._open_formation(me, key, facts)
 
     def _memory(self, facts: host.Facts) -> tuple[bytes, Stored, bool]:
         """Its identity key, what it must not forget, and whether it still knows its votes."""
@@ -208,26 +209,43 @@ class Service:
             )
         )
 
-    async def _open_formation(self, me: Self, key: bytes) -> None:
+    async def _open_formation(self, me: Self, key: bytes, facts: host.Facts) -> None:
         """Everything that needs the token: the bootstrap channel and discovery."""
         document = self.document
         bootstrap = pki.derive(document.token.reveal(), document.formation_id)
         credentials = bootstrap.credentials(key)
         self.transport.set_channel(Channel.BOOTSTRAP, credentials, pki.node_id_of_certificate)
         self.publisher.mark("listening")
-        context = Context(bootstrap.tag, document.formation_id, me.boot, self.admits)
+        context = Context(
+            bootstrap.tag,
+            document.formation_id,
+            me.boot,
+            self.admits,
+            root=self.root,
+            platform=facts.platform,
+            subnet=facts.address.subnet if facts.address else "",
+            expect=document.config.expect,
+            lacks=self._lacks,
+        )
 
         def stranger(kind: str, source: str) -> None:
             self.put(events.StrangerSeen(kind, source))
 
-        for spec in document.discovery:
+        for name, options in self._chosen:
 
-            def found(at: Endpoint, name: str = spec.name) -> None:
+            def found(at: Endpoint, name: str = name) -> None:
                 self.put(events.PeerFound(at, name))
 
-            provider = PROVIDERS[spec.name](spec.options, context)
+            provider = providers.make(name, options, context)
             self.providers.append(provider)
             await provider.start(me.endpoint, found, stranger)
+
+    def _lacks(self) -> bool:
+        """Whether hosts are missing, so that it is worth looking for them."""
+        core = self.core
+        if core.founder and len(core.roster.issued) >= core.config.expect:
+            return False
+        return core.counted_voters() < core.config.expect
 
     async def _end(self) -> None:
         if self._publishing is not None and self._bug is None:
@@ -275,7 +293,11 @@ class Service:
         self._history.flush()
         if self.publisher.note(self.core):
             self._publish()
-        elif self._publishing is None:
+        else:
+            self._publish_soon()
+
+    def _publish_soon(self) -> None:
+        if self._publishing is None and not self._leaving:
             self._publishing = self._loop.call_later(PUBLISH_AFTER, self._publish)
 
     def _publish(self) -> dict[str, Any]:
@@ -349,6 +371,7 @@ class Service:
             running = self._announcing.get(provider.name)
             if running is None or running.done():
                 task = asyncio.ensure_future(provider.announce())
+                task.add_done_callback(lambda _: self._publish_soon())
                 self._announcing[provider.name] = task
 
     def _finish(self) -> None:

@@ -83,9 +83,7 @@ def page(shown: dict[str, Any]) -> str:
     for peer in shown.get("peers", ())[:10]:
         where = f"{peer['address']:15}  {peer['state']:8}  {peer['stage']:11}"
         lines.append(f"  peer       {peer['name']:20} {where} via {', '.join(peer['via'])}")
-    for provider in shown.get("providers", ()):
-        error = f"; {provider['error']}" if provider.get("error") else ""
-        lines.append(f"  discovery  {provider['name']}: {provider['found']} found{error}")
+    lines += _discovery(shown)
     for step in shown.get("steps", ()):
         if step["state"] != "done":
             lines.append(f"  step       {step['what']}: {step['state']}")
@@ -115,6 +113,28 @@ def _facts(shown: dict[str, Any]) -> list[str]:
         day = time.strftime("%Y-%m-%d", time.gmtime(certificate["not_after"]))
         rows.append(("valid to", f"{day}  {certificate['profile']} certificate"))
     return [f"  {name:10} {text}" for name, text in rows]
+
+
+def _discovery(shown: dict[str, Any]) -> list[str]:
+    """A line for each provider, and one more for what to open or grant, should it need that.
+
+    Once this host runs its role, only those that found somebody: the others were not needed.
+    """
+    running, lines = shown["stage"] == "running", []
+    for provider in shown.get("providers", ()):
+        parts = [f"{provider['name']}: {provider['found']} found"]
+        if running:
+            lines += [f"  discovery  {parts[0]}"] if provider["found"] else []
+            continue
+        if provider.get("error"):
+            parts += [text for text in (provider.get("detail"), provider["error"]) if text]
+        if provider.get("next_try"):
+            left = provider["next_try"] - time.time()
+            parts.append(f"next try in {_duration(left)}" if left > 0.5 else "tries now")
+        lines.append(f"  discovery  {'; '.join(parts)}")
+        if provider.get("error") and provider.get("remedy"):
+            lines.append(f"             {provider['remedy']}")
+    return lines
 
 
 def timeline(shown: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ TOP = Path(__file__).parents[1]
 PAGE = TOP / "docs" / "configuration.md"
 BEGIN, END = "<!-- begin tables -->\n", "<!-- end tables -->"
 EXAMPLES = sorted(path for path in (TOP / "cloud-config").iterdir() if path.suffix != ".md")
+PROVIDERS = schema()["properties"]["discovery"]["items"]
 PLACEHOLDER = b"fb1-REPLACE-ME"
 
 
@@ -38,12 +39,23 @@ def rows(rule: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def tables() -> str:
-    """The reference: every key, and the keys of a match."""
+    """The reference: every key, the providers' options, and the keys of a match."""
     head = "| Key | Must be | Default | Meaning |\n|---|---|---|---|\n"
     match = schema()["definitions"]["match"]
     used = "`election.prefer`, `election.never` and `origin.node_labels`"
     between = f"\nA match, as in {used}. {match['description']}"
-    return head + "".join(rows(schema())) + between + "\n\n" + head + "".join(rows(match))
+    providers = "\nProviders of `discovery`, each `{NAME: OPTIONS}` in its list.\n\n"
+    return (
+        head
+        + "".join(rows(schema()))
+        + providers
+        + head
+        + "".join(rows(PROVIDERS))
+        + between
+        + "\n\n"
+        + head
+        + "".join(rows(match))
+    )
 
 
 def page(text: str) -> str:
@@ -116,7 +128,11 @@ def documented(rule: dict[str, Any], place: str = "") -> Iterator[tuple[str, dic
 
 @pytest.mark.parametrize(
     "place, rule",
-    [*documented(schema()), *documented(schema()["definitions"]["match"], "match")],
+    [
+        *documented(schema()),
+        *documented(PROVIDERS, "discovery"),
+        *documented(schema()["definitions"]["match"], "match"),
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_rule_has_words_and_its_examples_fit(place: str, rule: dict[str, Any]) -> None:

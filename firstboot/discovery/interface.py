@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from firstboot.protocol.model import Endpoint
@@ -13,29 +14,55 @@ Found = Callable[[Endpoint], None]
 Stranger = Callable[[str, str], None]
 
 
+def _always() -> bool:
+    return True
+
+
+def _unsealed(data: bytes) -> bytes:
+    return data
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What providers publish: nothing secret.
+    """What a provider may know of this host and its formation; nothing here is a secret.
 
     `tag` follows from the token without revealing it, `formation_id` names the formation, `boot`
     is this process's nonce in hex. `admits` is this host's name while it is the master of an active
-    cluster and lets hosts in with a one-time token, else empty.
+    cluster and lets hosts in with a one-time token, else empty. `root` is where the host's files
+    are, `platform` the cloud this host is on (``ec2``, ``openstack`` or empty), `subnet` the
+    network of its address (``10.0.0.0/24``) or empty. `lacks` tells whether hosts are missing.
+    `seal` encrypts so that only holders of the token can `unseal`, which raises RemoteError.
     """
 
     tag: str
     formation_id: str
     boot: str
     admits: str = ""
+    root: Path = Path("/")
+    platform: str = ""
+    subnet: str = ""
+    expect: int = 1
+    lacks: Callable[[], bool] = _always
+    seal: Callable[[bytes], bytes] = _unsealed
+    unseal: Callable[[bytes], bytes] = _unsealed
 
 
 @dataclass(frozen=True, slots=True)
 class ProviderReport:
-    """How a provider fares: addresses named so far, what is wrong, and what it does; for people."""
+    """How a provider fares, for people: one line of the status, and one more with the remedy.
+
+    `found` counts the addresses named so far, `error` is what is wrong, `detail` what it tried,
+    and `remedy` what to open or to grant: a port, a rule, a permission. `next_try` is Unix time;
+    0 stands for the next announcement. All are short texts without secrets; whatever came from
+    the network in them is made printable before it is shown.
+    """
 
     name: str
     found: int
     error: str = ""
     detail: str = ""
+    remedy: str = ""
+    next_try: float = 0.0
 
 
 class Provider(Protocol):
@@ -43,7 +70,9 @@ class Provider(Protocol):
 
     All methods are called on the event loop; `found` and `stranger` are called there too. No
     method raises because of the network: what is wrong is in the report, and the next `announce`
-    tries again.
+    tries again. That comes after 1 to 5 seconds for as long as admission is open, but never while
+    the last one still runs. A provider whose questions cost something asks less often, and not at
+    all unless `Context.lacks`.
     """
 
     @property
@@ -51,7 +80,11 @@ class Provider(Protocol):
         """The name in the configuration."""
 
     async def start(self, endpoint: Endpoint, found: Found, stranger: Stranger) -> None:
-        """Publish `endpoint`, this host's own, and begin to look for others."""
+        """Publish `endpoint`, this host's own, and begin to look for others.
+
+        Returns within milliseconds: whatever waits for the network or imports much is left to
+        `announce`, which follows at once.
+        """
 
     async def announce(self) -> None:
         """Publish and ask again, now. Addresses that still answer are named again."""

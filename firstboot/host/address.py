@@ -46,17 +46,25 @@ class Address:
     """An IP address of this host; an IPv6 link-local one names its zone (``fe80::1%eth0``).
 
     ``fleeting`` addresses (temporary or deprecated, RFC 4862 and RFC 8981) are a last choice
-    within their kind.
+    within their kind. ``prefix`` is the length of its subnet's prefix, None if unknown.
     """
 
     host: str
     interface: str
     fleeting: bool = False
+    prefix: int | None = None
 
     @property
     def ip(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
         """The address without its zone."""
         return ipaddress.ip_address(self.host.partition("%")[0])
+
+    @property
+    def subnet(self) -> str:
+        """The network it is in, such as ``10.0.0.0/24``; empty if unknown."""
+        if self.prefix is None:
+            return ""
+        return str(ipaddress.ip_network((self.ip, self.prefix), strict=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +190,7 @@ def _address(row: tuple[int, bytes], links: dict[int, Interface]) -> Address | N
     kind, payload = row
     if kind != RTM_NEWADDR:
         return None
-    family, _, low_flags, _, index = struct.unpack_from("=BBBBI", payload)  # struct ifaddrmsg
+    family, prefix, low_flags, _, index = struct.unpack_from("=BBBBI", payload)  # struct ifaddrmsg
     found = attributes(payload, 8)
     # On a point-to-point link IFA_ADDRESS is the other end; IFA_LOCAL is always ours.
     raw = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
@@ -196,7 +204,7 @@ def _address(row: tuple[int, bytes], links: dict[int, Interface]) -> Address | N
         text = f"{text}%{name}"
     # IPv4 uses the bit of "temporary" for "secondary": just as good an address.
     temporary = family == socket.AF_INET6 and flags & _IFA_F_TEMPORARY
-    return Address(text, name, bool(temporary or flags & _IFA_F_DEPRECATED))
+    return Address(text, name, bool(temporary or flags & _IFA_F_DEPRECATED), prefix)
 
 
 def _default_routes(row: tuple[int, bytes]) -> list[tuple[int, int, int]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from firstboot.host.address import Address, Network, choose, survey
-from firstboot.host.machine import Machine, firmware, look, read_fact
+from firstboot.host.machine import Machine, firmware, look, platform, read_fact
 from firstboot.protocol.errors import LocalError
 from firstboot.protocol.model import LABEL, Endpoint
 from firstboot.protocol.record import dataclass
@@ -17,7 +17,10 @@ from firstboot.protocol.record import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known about this host; ``address`` is None while it has none."""
+    """What is known about this host; ``address`` is None while it has none.
+
+    ``platform`` is the cloud it is on: ``ec2``, ``openstack`` or empty.
+    """
 
     machine: Machine
     hostname: str
@@ -25,6 +28,7 @@ class Facts:
     address: Address | None
     port: int
     dmi: Mapping[str, str] = field(default_factory=dict)
+    platform: str = ""
 
     @property
     def endpoint(self) -> Endpoint | None:
@@ -65,14 +69,15 @@ class Facts:
 
 def facts(root: Path, interface: str = "", cidr: str = "", port: int = 7443) -> Facts:
     """Look at this host: files under `root`, and the network it is in (see `choose`)."""
-    network = survey()
+    network, dmi = survey(), firmware(root)
     return Facts(
         machine=look(root),
         hostname=read_fact(root / "proc/sys/kernel/hostname"),
         network=network,
         address=choose(network, interface, cidr),
         port=port,
-        dmi=firmware(root),
+        dmi=dmi,
+        platform=platform(root, dmi),
     )
 
 

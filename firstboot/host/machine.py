@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,19 @@ MAX_FACT = 4096
 MAX_INSTANCE_DATA = 4 * 1024 * 1024
 _MACHINE_ID = re.compile(r"[0-9a-f]{32}\Z")
 DMI = ("product_serial", "product_uuid", "product_name", "sys_vendor", "chassis_asset_tag")
+# What the firmware of each cloud's machines says of itself.
+CLOUDS = {
+    "ec2": {("sys_vendor", "Amazon EC2"), ("chassis_asset_tag", "Amazon EC2")},
+    "openstack": {
+        ("product_name", "OpenStack Nova"),
+        ("product_name", "OpenStack Compute"),
+        ("sys_vendor", "OpenStack Foundation"),
+        ("chassis_asset_tag", "OpenTelekomCloud"),
+        ("chassis_asset_tag", "HUAWEICLOUD"),
+        ("chassis_asset_tag", "SAP CCloud VM"),
+        ("chassis_asset_tag", "Samsung Cloud Platform"),
+    },
+}
 _LAUNCH_INDEX_KEYS = ("launch_index", "ami_launch_index")
 
 
@@ -58,6 +72,18 @@ def firmware(root: Path) -> dict[str, str]:
     """What the firmware says of the machine, by the names below /sys/class/dmi/id."""
     found = {name: read_fact(root / "sys/class/dmi/id" / name)[:256] for name in DMI}
     return {name: text for name, text in found.items() if text}
+
+
+def platform(root: Path, dmi: Mapping[str, str]) -> str:
+    """The cloud this host is on, by what lies on it: ``ec2``, ``openstack``, or empty.
+
+    cloud-init knows it best; without it, the firmware says so (as cloud-init's ds-identify reads
+    it). Nothing is asked over the network: this is on the way of every start.
+    """
+    found = _below(_instance_data(root), "v1", "platform")
+    if found in CLOUDS:
+        return str(found)
+    return next((cloud for cloud, signs in CLOUDS.items() if signs & set(dmi.items())), "")
 
 
 def _dmi_uuid(root: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from firstboot.protocol import plan
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.enrolment import full
-from firstboot.protocol.model import Channel, Member, Stage
+from firstboot.protocol.model import NEVER, Channel, Member, Stage
 from firstboot.protocol.peers import Peer
 from firstboot.protocol.voter import MASTER_SILENT
 
@@ -68,6 +68,12 @@ def describe(core: Assembly, wall_offset: float) -> dict[str, Any]:
         "steps": _steps(core),
         "units": [s.unit for s in core.plan or () if isinstance(s, plan.StartUnit)],
     }
+
+
+def looks_again(core: Assembly, wall_offset: float) -> float | None:
+    """When all providers are asked again, Unix seconds; None if never."""
+    at = core._announce_at
+    return at + wall_offset if core.open and at < NEVER else None
 
 
 def _state(core: Assembly, found: list[Problem]) -> str:

@@ -18,12 +18,18 @@ from firstboot.userdata.rules import check, check_network, filled, rule_for, wro
 from firstboot.userdata.token import HIDDEN, REMEDY, TOKEN, Secret, check_token, is_one_time
 
 UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+MAX_SWEPT = 1024  # addresses of a sweep: what a /22 has
+_HOST_NAME = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9])?\.?")
 SHARED = ("cluster", "expect", "masters", "payload", "formation")
 
 
 @dataclass(frozen=True, slots=True)
 class ProviderSpec:
-    """A way to find peers. `static` has the option ``addresses``: a tuple of Endpoint."""
+    """A way to find peers; `auto` stands for those that suit the host's platform.
+
+    Options are the document's with the schema's defaults, but ``addresses`` of `static` (Endpoints,
+    or texts ``name:port``) and ``names`` of `dns`.
+    """
 
     name: str
     options: Mapping[str, Any]
@@ -184,28 +190,52 @@ def _matches(
 
 
 def _discovery(said: Said, listed: Any, port: int) -> tuple[ProviderSpec, ...]:
-    """The providers, each once; all static addresses in one."""
-    names: dict[str, Mapping[str, Any]] = {}
-    addresses: tuple[Endpoint, ...] = ()
+    """The providers, each once; all static addresses in one, and all names."""
+    found: dict[str, Mapping[str, Any]] = {}
     for i, item in enumerate(["auto"] if listed == "auto" else listed):
-        if isinstance(item, str):
-            names["mdns"] = {}
-            continue
-        for j, text in enumerate(item["static"]):
-            place = ("discovery", str(i), "static", str(j))
-            addresses = (*addresses, _endpoint(said, place, text, port))
-        names["static"] = {"addresses": addresses}
-    return tuple(ProviderSpec(name, options) for name, options in names.items())
+        name = item if isinstance(item, str) else next(iter(item))
+        place = ("discovery", str(i), name)
+        given = {} if isinstance(item, str) else item[name]
+        before = found.get(name, {})
+        if name == "static":
+            more = [_address(said, (*place, str(j)), text, port) for j, text in enumerate(given)]
+            found[name] = {"addresses": (*before.get("addresses", ()), *more)}
+        elif name == "dns":
+            names = [given] if isinstance(given, str) else given
+            found[name] = {"names": (*before.get("names", ()), *names)}
+        elif name in found:
+            raise said.error(place[:2], f"discovery names {name} twice", "put it into one")
+        else:
+            found[name] = _options(place, given)
+            if found[name].get("cidr"):
+                _check_sweep(said, (*place, "cidr"), found[name]["cidr"])
+    return tuple(ProviderSpec(name, options) for name, options in found.items())
 
 
-def _endpoint(said: Said, place: Place, text: str, port: int) -> Endpoint:
+def _options(place: Place, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    rule = rule_for(place)
+    return filled(given, rule) if place[-1] in rule_for(place[:-1])["properties"] else {}
+
+
+def _check_sweep(said: Said, place: Place, text: str) -> None:
+    check_network(said, place, text, prefix=True)
+    network = ipaddress.ip_network(text)
+    if network.version != 4 or network.num_addresses > MAX_SWEPT:
+        raise wrong(said, place)
+
+
+def _address(said: Said, place: Place, text: str, port: int) -> Endpoint | str:
+    """A listed address, or ``name:port``."""
     split = re.fullmatch(
-        r"\[(?P<v6>.+)\]:(?P<p6>[0-9]{1,5})|(?P<v4>[^:]+):(?P<p4>[0-9]{1,5})", text
+        r"\[(?P<v6>.+)\]:(?P<p6>[0-9]{1,5})|(?P<other>[^:]+):(?P<p>[0-9]{1,5})", text
     )
-    host = (split["v6"] or split["v4"]) if split else text
+    host = (split["v6"] or split["other"]) if split else text
+    number = int(split["p6"] or split["p"]) if split else port
     try:
-        number = int(split["p6"] or split["p4"]) if split else port
         return Endpoint(str(ipaddress.ip_address(host)), number)
     except ValueError:
-        must = "an IP address, with or without a port"
-        raise wrong(said, place, must, "for example: 10.0.0.5 or [fd00::5]:7443") from None
+        mistyped = set(host) <= set("0123456789.")  # an address, not a name to look up
+        if 0 < number < 65536 and _HOST_NAME.fullmatch(host) and not mistyped and "[" not in text:
+            return f"{host}:{number}"
+    hint = "for example: 10.0.0.5, [fd00::5]:7443 or node-1.example.org"
+    raise wrong(said, place, hint=hint)

@@ -14,9 +14,8 @@ from firstboot.protocol.errors import UserError
 from firstboot.userdata.reading import MAX_SHOWN, Place, Said, show
 from firstboot.userdata.token import REMEDY
 
-PROVIDERS = ("auto", "mdns", "static")
 ANNOTATIONS = ("title", "description", "examples", "default", "definitions", "x-must")
-LATER_PROVIDERS = ("dns", "ec2", "openstack", "sweep", "http")
+NAMED = ("auto", "mdns", "sweep", "ec2", "openstack")  # providers that need no options
 
 
 @cache
@@ -58,6 +57,10 @@ def _without_words() -> dict[str, Any]:
 
 def _part(rule: dict[str, Any], value: Any) -> dict[str, Any]:
     """The rule without what it says of keys that `value` has not."""
+    if isinstance(value, list) and "properties" in rule.get("items", {}):
+        named = {key for item in value if isinstance(item, dict) for key in item}
+        known = {key: p for key, p in rule["items"]["properties"].items() if key in named}
+        return {**rule, "items": {**rule["items"], "properties": known}}
     if "properties" not in rule or not isinstance(value, dict):
         return rule
     said = {key: _part(p, value[key]) for key, p in rule["properties"].items() if key in value}
@@ -71,6 +74,7 @@ def check(said: Said) -> None:
     """
     import fastjsonschema
 
+    _check_providers(said)
     for place, near in _unknown_keys(schema(), said.data, ()):
         inside = f" in {dotted(place[:-1])}" if place[:-1] else ""
         known = ", ".join(rule_for(place[:-1])["properties"])
@@ -81,7 +85,6 @@ def check(said: Said) -> None:
         if key not in said.data:
             hint = f"add: {example((key,))} ({rule_for((key,))['x-must']})"
             raise said.error((), f"{key} is missing", REMEDY if key == "token" else hint)
-    _check_providers(said)
     try:
         validator(said.data)(said.data)
     except fastjsonschema.JsonSchemaValueException as error:
@@ -172,21 +175,17 @@ def _unknown_keys(rule: Mapping[str, Any], value: Any, place: Place) -> Iterator
 
 
 def _check_providers(said: Said) -> None:
-    """Name the provider that is wrong; the schema alone could only say that one is."""
+    """Name the provider that is wrong; the schema alone could only show a pattern."""
     listed = said.data.get("discovery")
+    known = (*NAMED, *(k for k in rule_for(("discovery", "0"))["properties"] if k not in NAMED))
     for i, item in enumerate(listed if isinstance(listed, list) else []):
-        name = next(iter(item)) if isinstance(item, dict) and len(item) == 1 else item
         place = ("discovery", str(i))
-        if isinstance(name, str) and name in LATER_PROVIDERS:
-            message = f"the discovery provider {name} is not in this release"
-            raise said.error(place, message, "use mdns or static")
-        if isinstance(name, str) and name not in PROVIDERS:
+        if isinstance(item, dict) and len(item) != 1:
+            raise wrong(said, place)
+        name = next(iter(item)) if isinstance(item, dict) else item
+        if isinstance(name, str) and name not in known:
             message = _named("unknown discovery provider", name)
-            raise said.error(place, message, f"known: {', '.join(PROVIDERS)}")
-        if item not in ("auto", "mdns") and not _is_static(item):
-            raise wrong(said, place, "auto, mdns or {static: [ADDRESS, …]}")
-
-
-def _is_static(item: object) -> bool:
-    listed = item.get("static") if isinstance(item, dict) and len(item) == 1 else None
-    return isinstance(listed, list) and bool(listed) and all(isinstance(x, str) for x in listed)
+            raise said.error(place, message, f"known: {', '.join(known)}")
+        if isinstance(item, str) and name not in NAMED:
+            hint = f"for example: {example(('discovery', str(i), name))}"
+            raise said.error(place, f"the discovery provider {name} needs options", hint)

@@ -655,7 +655,8 @@ def test_survey_of_a_namespace(namespace: Namespace) -> None:
     assert not links["idle"].up
     hosts = {a.host for a in seen.addresses if not a.ip.is_link_local}
     assert hosts == {"127.0.0.1", "::1", "10.5.0.1", "fd05::1"}
-    assert choose(seen) == Address("10.5.0.1", "left")
+    assert choose(seen) == Address("10.5.0.1", "left", prefix=24)
+    assert Address("10.5.0.1", "left", prefix=24).subnet == "10.5.0.0/24"
 
 
 def test_waiting_for_an_address_is_woken_by_the_kernel(namespace: Namespace) -> None:

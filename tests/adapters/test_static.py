@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from firstboot.discovery import static
-from firstboot.discovery.interface import Context, Provider
-from firstboot.discovery.providers import PROVIDERS
+from firstboot.discovery.interface import Context
 from firstboot.discovery.static import Static, parse
 from firstboot.protocol.errors import UserError
 from firstboot.protocol.model import Endpoint
@@ -21,14 +20,6 @@ OWN = Endpoint("10.0.0.1", 7443)
 
 def no_stranger(kind: str, source: str) -> None:
     pytest.fail(f"nobody is heard here, yet {kind} from {source}")
-
-
-def test_the_providers_by_name() -> None:
-    assert sorted(PROVIDERS) == ["mdns", "static"]
-    for name, factory in PROVIDERS.items():
-        provider: Provider = factory({}, CONTEXT)
-        assert provider.name == name
-        assert provider.report().found == 0
 
 
 @pytest.mark.parametrize(

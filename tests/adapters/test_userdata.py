@@ -35,7 +35,7 @@ def test_smallest_document_has_every_default() -> None:
     assert (config.cluster, config.expect, config.masters) == ("demo", 3, 1)
     assert (config.payload, config.formation, config.strict) == ("etcd", "", False)
     assert (config.grace, config.join_extra, config.join_window) == (120.0, 0, 86400.0)
-    assert [spec.name for spec in document.discovery] == ["mdns"]
+    assert [spec.name for spec in document.discovery] == ["auto"]
     assert (document.interface, document.cidr, document.port) == ("", "", 7443)
     assert (document.prefer, document.never) == ((), ())
     assert document.options == {"etcd_image": "oci:/usr/lib/firstboot/images/etcd:latest"}
@@ -49,7 +49,9 @@ def test_everything_said() -> None:
         "election: {strict: true, grace: 1500ms,\n"
         "  prefer: [{launch_index: 0}, {mac: 52:54:00:AB:34:56, hostname: n1}],\n"
         "  never: [{address: 10.0.0.0/28}, {address: fd00::9}, {machine_id: " + "0a" * 16 + "}]}\n"
-        "discovery: [auto, {static: [10.0.0.5, '10.0.0.6:99', fd00::5, '[fd00::6]:98']}]\n"
+        "discovery: [auto, {static: [10.0.0.5, '10.0.0.6:99', fd00::5, '[fd00::6]:98']},\n"
+        "  {static: [node-1, 'node-2.example.org:99']}, {dns: a.example.org}, {dns: [b, c]},\n"
+        "  sweep, {ec2: {tag: {cluster: demo}}}, openstack, {http: {url: 'http://x:80/d/e'}}]\n"
         "network: {interface: eth1, cidr: 10.0.0.0/16, port: 7000}\n"
         "join: {extra: unlimited, window: 7d}\nformation: second\n"
     )
@@ -60,12 +62,21 @@ def test_everything_said() -> None:
     assert document.options == {"etcd_image": "registry.example.org:5000/etcd:3.5"}
     assert document.prefer == ({"launch_index": 0}, {"mac": "52:54:00:ab:34:56", "hostname": "n1"})
     assert [next(iter(match)) for match in document.never] == ["address", "address", "machine_id"]
-    assert [spec.name for spec in document.discovery] == ["mdns", "static"]
-    assert document.discovery[1].options["addresses"] == (
+    options = {spec.name: spec.options for spec in document.discovery}
+    names = ["auto", "static", "dns", "sweep", "ec2", "openstack", "http"]
+    assert list(options) == names
+    assert options["dns"] == {"names": ("a.example.org", "b", "c")}
+    assert options["sweep"] == {"cidr": ""}
+    assert options["ec2"]["tag"] == {"cluster": "demo"}
+    assert options["ec2"]["reservation"] is False
+    assert options["http"]["url"] == "http://x:80/d/e"
+    assert options["static"]["addresses"] == (
         Endpoint("10.0.0.5", 7000),
         Endpoint("10.0.0.6", 99),
         Endpoint("fd00::5", 7000),
         Endpoint("fd00::6", 98),
+        "node-1:7000",
+        "node-2.example.org:99",
     )
     assert (document.interface, document.cidr, document.port) == ("eth1", "10.0.0.0/16", 7000)
     assert document.formation_id == "demo/second"
@@ -215,29 +226,81 @@ LINES = {
         "for example: cidr: 10.0.0.0/16",
     ),
     "static-address": (
-        "discovery: [mdns, {static: [10.0.0.5, node-1]}]",
-        "c.yaml:4:39: discovery[1].static[1] must be an IP address, with or without a port, "
-        "not 'node-1'; for example: 10.0.0.5 or [fd00::5]:7443",
+        "discovery: [mdns, {static: [10.0.0.5, 10.0.0.256]}]",
+        "c.yaml:4:39: discovery[1].static[1] must be an address or a host name, with or without a "
+        "port, not '10.0.0.256'; for example: 10.0.0.5, [fd00::5]:7443 or node-1.example.org",
     ),
     "static-port": (
         "discovery: [{static: ['10.0.0.5:0']}]",
-        "c.yaml:4:23: discovery[0].static[0] must be an IP address, with or without a port, "
-        "not '10.0.0.5:0'; for example: 10.0.0.5 or [fd00::5]:7443",
+        "c.yaml:4:23: discovery[0].static[0] must be an address or a host name, with or without a "
+        "port, not '10.0.0.5:0'; for example: 10.0.0.5, [fd00::5]:7443 or node-1.example.org",
     ),
     "static-without-a-list": (
         "discovery: [{static: 10.0.0.5}]",
-        "c.yaml:4:13: discovery[0] must be auto, mdns or {static: [ADDRESS, …]}, "
-        "not a mapping; for example: discovery: [mdns, {static: [10.0.0.5, 10.0.0.6]}]",
+        "c.yaml:4:22: discovery[0].static must be a list of addresses or host names, "
+        "not '10.0.0.5'; for example: static: [10.0.0.5, \"[fd00::5]:7443\", node-1.example.org]",
     ),
     "provider-unknown": (
         "discovery: [mdsn]",
-        "c.yaml:4:13: unknown discovery provider 'mdsn'; known: auto, mdns, static",
+        "c.yaml:4:13: unknown discovery provider 'mdsn'; "
+        "known: auto, mdns, sweep, ec2, openstack, static, dns, http",
+    ),
+    "provider-unknown-with-options": (
+        "discovery: [{dsn: nodes.example.org}]",
+        "c.yaml:4:13: unknown discovery provider 'dsn'; "
+        "known: auto, mdns, sweep, ec2, openstack, static, dns, http",
+    ),
+    "provider-without-options": (
+        "discovery: [dns]",
+        "c.yaml:4:13: the discovery provider dns needs options; "
+        "for example: dns: nodes.example.org",
+    ),
+    "two-providers-in-one": (
+        "discovery: [{dns: a, ec2: {}}]",
+        "c.yaml:4:13: discovery[0] must be one provider: auto, mdns, sweep, ec2, openstack, "
+        "{static: …}, {dns: …} or {http: …}, not a mapping; "
+        "for example: discovery: [auto, {dns: nodes.example.org}]",
+    ),
+    "provider-twice": (
+        "discovery: [{http: {url: 'http://a/b'}}, {http: {url: 'http://a/c'}}]",
+        "c.yaml:4:42: discovery names http twice; put it into one",
+    ),
+    "provider-option-unknown": (
+        "discovery: [{ec2: {tags: {a: b}}}]",
+        "c.yaml:4:20: unknown key 'tags' in discovery[0].ec2; did you mean tag?",
+    ),
+    "dns-name": (
+        "discovery: [{dns: [a, 'b c']}]",
+        "c.yaml:4:23: discovery[0].dns[1] must be a name in the DNS, not 'b c'; "
+        "for example: dns: nodes.example.org",
+    ),
+    "sweep-too-large": (
+        "discovery: [mdns, {sweep: {cidr: 10.0.0.0/16}}]",
+        "c.yaml:4:34: discovery[1].sweep.cidr must be an IPv4 network in CIDR notation, /22 or "
+        "smaller, not '10.0.0.0/16'; for example: cidr: 10.0.0.0/24",
+    ),
+    "sweep-ipv6": (
+        "discovery: [{sweep: {cidr: 'fd00::/120'}}]",
+        "c.yaml:4:28: discovery[0].sweep.cidr must be an IPv4 network in CIDR notation, /22 or "
+        "smaller, not 'fd00::/120'; for example: cidr: 10.0.0.0/24",
+    ),
+    "http-password": (
+        "discovery: [{http: {url: 'http://user:word@a/b'}}]",
+        "c.yaml:4:26: discovery[0].http.url must be an http or https URL of a file, without user, "
+        "password, query or fragment, not 'http://user:word@a/b'; "
+        "for example: url: https://files.example.org/rendezvous/demo",
+    ),
+    "http-without-url": (
+        "discovery: [{http: {}}]",
+        "c.yaml:4:20: discovery[0].http must be a mapping with url, and perhaps ca_file or "
+        "authorization_file, not an empty mapping; for example: "
+        'http: {url: "https://files.example.org/rendezvous/demo"}',
     ),
     "discovery-empty": (
         "discovery: []",
-        "c.yaml:4:12: discovery must be auto, or a list of auto, mdns and "
-        "{static: [ADDRESS, …]}, not an empty list; "
-        "for example: discovery: [mdns, {static: [10.0.0.5, 10.0.0.6]}]",
+        "c.yaml:4:12: discovery must be auto, or a list of providers: auto, mdns, sweep, ec2, "
+        "openstack, {static: …}, {dns: …}, {http: …}, not an empty list; "
+        "for example: discovery: [auto, {dns: nodes.example.org}]",
     ),
     "match-empty": (
         "election: {prefer: [{launch_index: 0}, {}]}",
@@ -294,15 +357,6 @@ LINES = {
 @pytest.mark.parametrize("line, expected", LINES.values(), ids=LINES.keys())
 def test_mistake_in_a_line(line: str, expected: str) -> None:
     assert mistake(f"{BASE}{line}\n") == expected
-
-
-@pytest.mark.parametrize("name", ["dns", "ec2", "openstack", "sweep", "http"])
-@pytest.mark.parametrize("form", ["[{}]", "[mdns, {{{}: x}}]"])
-def test_provider_of_a_later_release(name: str, form: str) -> None:
-    line = mistake(f"{BASE}discovery: {form.format(name)}\n")
-    assert line.endswith(
-        f"the discovery provider {name} is not in this release; use mdns or static"
-    )
 
 
 # ---------------------------------------------------------------- mistakes in the whole document
