@@ -123,13 +123,15 @@ def _parser() -> argparse.ArgumentParser:
     admit.add_argument("--hosts", type=_count, default=1, help="how many (1)")
     admit.add_argument("--window", type=_duration, default=3600.0, help="for how long (1h)")
     join = add("join", _join, "on a late host: join by the one-time token, read from stdin")
+    seal = add("seal", _seal, "make this machine ready to become an image of which hosts boot")
+    seal.add_argument("--force", action="store_true", help="even if it is a cluster's member")
     timeline = add("timeline", _timeline, "tell how long each phase took on this host")
     replay = add("replay", _replay, "run a recorded history through the core again")
     replay.add_argument("file", metavar="FILE", help="a history.jsonl from /var/lib/firstboot")
     text = "system containers: install, update, roll back, remove, list, check"
     group = verbs.add_parser("containers", help=text, description=text)
     container_verbs.declare(group, lambda line: print(line, flush=True))  # some take minutes
-    for sub in (run, status, admit, join, timeline):
+    for sub in (run, status, admit, join, seal, timeline):
         sub.add_argument("--root", type=Path, default=Path("/"), help=argparse.SUPPRESS)
     return parser
 
@@ -160,6 +162,8 @@ def _duration(text: str) -> float:
 
 
 def _run(root: Path) -> int:
+    if _done(root):
+        return OK
     gc.disable()  # what is made on the way to the network is no garbage; looking costs 5 %
     try:
         with late_patterns():
@@ -168,6 +172,16 @@ def _run(root: Path) -> int:
         return service.run(root)
     finally:
         gc.enable()
+
+
+def _done(root: Path) -> bool:
+    """Whether this host was done before; what is left to do at its later boots is done then."""
+    state = root / "var/lib/firstboot"
+    if not (state / "complete").exists() and not (state / "sealing").exists():
+        return False  # without loading anything: every host's first boot goes this way
+    from firstboot import afterwards
+
+    return afterwards.run(root)
 
 
 def _run_as_told(options: argparse.Namespace) -> int:
@@ -251,6 +265,13 @@ def _join(options: argparse.Namespace) -> int:
     else:
         text = sys.stdin.buffer.readline(MAX_LINE).decode(errors="replace")
     print(admission.join(options.root, text.strip()))
+    return OK
+
+
+def _seal(options: argparse.Namespace) -> int:
+    from firstboot import seal
+
+    seal.seal(options.root, force=options.force, say=lambda line: print(line, flush=True))
     return OK
 
 

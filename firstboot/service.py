@@ -307,7 +307,11 @@ class Service:
         warnings = list(self.document.warnings)
         expiries = self.carrier.expiries
         return self.publisher.publish(
-            self.core, self.providers, certificates=expiries, warnings=warnings
+            self.core,
+            self.providers,
+            payload=self.document.config.payload,
+            certificates=expiries,
+            warnings=warnings,
         )
 
     def _carry_out(self, action: events.Action) -> None:

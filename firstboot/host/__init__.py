@@ -8,14 +8,18 @@ from firstboot.host.address import Address, Interface, Network, choose, survey, 
 from firstboot.host.durable import StorageFailed, make_directory, remove_durably, write_durably
 from firstboot.host.facts import Facts, facts, node_name
 from firstboot.host.files import (
+    give_back_resolver,
     holds_anything,
     make_link,
     make_parent,
+    remove_block,
+    remove_link,
+    remove_tree,
     use_directory,
     use_resolver,
     write_block,
 )
-from firstboot.host.machine import Machine, look
+from firstboot.host.machine import Machine, forget_machine_id, look
 from firstboot.host.ports import taken
 from firstboot.host.state import LostState, StateDirectory
 from firstboot.host.status import read_status, write_status
@@ -31,6 +35,8 @@ __all__ = [
     "StorageFailed",
     "choose",
     "facts",
+    "forget_machine_id",
+    "give_back_resolver",
     "holds_anything",
     "look",
     "make_directory",
@@ -38,7 +44,10 @@ __all__ = [
     "make_parent",
     "node_name",
     "read_status",
+    "remove_block",
     "remove_durably",
+    "remove_link",
+    "remove_tree",
     "survey",
     "taken",
     "use_directory",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-from firstboot.host.durable import make_directory, storage, write_durably
+from firstboot.host.durable import make_directory, storage, sync_directory, write_durably
 from firstboot.protocol.errors import LocalError
 
 BEGIN = "# begin: written by firstboot, lost when changed"
 END = "# end: written by firstboot"
+_RESOLVER = "# written by firstboot\n"
 MAX_FILE = 1024 * 1024
 MAX_SERVERS = 8
 
@@ -30,6 +32,41 @@ def write_block(path: Path, lines: str) -> None:
     if after != before:
         make_parent(path)
         write_durably(path, after.encode(errors="surrogateescape"), _mode(path, 0o644))
+
+
+def remove_block(path: Path) -> None:
+    """Take firstboot's block out of a file; the rest stays."""
+    before = _text(path)
+    head, _, rest = before.partition(f"{BEGIN}\n")
+    _, end, tail = rest.partition(f"{END}\n")
+    if end:
+        write_durably(path, (head + tail).encode(errors="surrogateescape"), _mode(path, 0o644))
+
+
+def remove_link(path: Path, target: str) -> None:
+    """Remove a symbolic link to `target`; anything else in its place stays."""
+    with storage(f"remove {path}"):
+        if path.is_symlink() and str(path.readlink()) == target:
+            path.unlink()
+            sync_directory(path.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file, or a directory with all it holds; one that is mounted there stays, empty."""
+    with storage(f"remove {path}"):
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.is_dir():
+            for child in path.iterdir():
+                if child.is_dir() and not child.is_symlink():
+                    shutil.rmtree(child)
+                else:
+                    child.unlink()
+            if not path.is_mount():
+                path.rmdir()
+        else:
+            return
+        sync_directory(path.parent)
 
 
 def make_link(path: Path, target: str) -> None:
@@ -84,8 +121,15 @@ def use_resolver(root: Path, address: str, search: str, saved: Path, servers: Pa
     with storage(f"write {path}"):
         if path.is_symlink():  # of systemd-resolved, say, which would write through it
             path.unlink()
-    _write(path, f"# written by firstboot\nsearch {search}\nnameserver {address}\n", 0o644)
+    _write(path, f"{_RESOLVER}search {search}\nnameserver {address}\n", 0o644)
     return changed
+
+
+def give_back_resolver(root: Path, saved: Path) -> None:
+    """Undo `use_resolver`: what /etc/resolv.conf named before, if it is still firstboot's."""
+    path = root / "etc/resolv.conf"
+    if saved.exists() and _text(path).startswith(_RESOLVER):
+        write_durably(path, _text(saved).encode(), 0o644)
 
 
 def _upstream(root: Path, path: Path) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from firstboot.host.durable import remove_durably, write_durably
 from firstboot.protocol.record import dataclass
 
 MAX_FACT = 4096
@@ -56,6 +57,14 @@ def look(root: Path) -> Machine:
         instance_id=_instance_id(data),
         launch_index=_launch_index(data),
     )
+
+
+def forget_machine_id(root: Path) -> None:
+    """Have the next boot make a new machine-id, as on a first boot (machine-id(5))."""
+    write_durably(root / "etc/machine-id", b"uninitialized\n", 0o444)
+    second = root / "var/lib/dbus/machine-id"
+    if second.exists() and not second.is_symlink():
+        remove_durably(second)  # dbus makes it anew from the other
 
 
 def read_fact(path: Path) -> str:

@@ -60,7 +60,8 @@ class StateDirectory:
         self._key = self.path / "identity.key"
         self._looks = self.path / "machine.json"
         self._lost = self.path / "votes-lost"
-        self._complete = self.path / "complete"  # named in firstboot.service as well
+        self._complete = self.path / "complete"
+        self._sealing = self.path / "sealing"  # named in firstboot.service as well
         self._secrets = self.path / "secrets"
         self._issued = self.path / "issued"
         if working:
@@ -84,9 +85,7 @@ class StateDirectory:
         if self.load_identity_key() is None:
             return ""
         before = self._read_looks()
-        changed = _differs(before.machine_id, machine.machine_id, "machine-id") or _differs(
-            before.dmi_uuid, machine.dmi_uuid, "DMI UUID"
-        )
+        changed = _copied(before, machine)
         if changed:
             aside = self._move_aside()
             return f"this disk was copied from another machine ({changed}): old state is in {aside}"
@@ -254,7 +253,7 @@ class StateDirectory:
 
     @property
     def complete(self) -> bool:
-        """Whether `finish` was called: firstboot.service is not started any more."""
+        """Whether `finish` was called: this host forms nothing any more."""
         return self._complete.exists()
 
     def finish(self) -> None:
@@ -262,15 +261,43 @@ class StateDirectory:
         write_durably(self._complete, b"", 0o600)
 
     def erase(self) -> None:
-        """Forget everything, and be a new host at the next start. The identity goes first."""
+        """Forget everything, and be a new host at the next start.
+
+        The identity goes first, and last the note that this machine is being sealed.
+        """
         with storage(f"erase {self.path}"):
+            if not self.path.is_dir():
+                return
             for path in (self._key, self._complete):
                 path.unlink(missing_ok=True)
             sync_directory(self.path)
             for path in self.path.iterdir():
-                _remove(path)
+                if path != self._sealing:
+                    _remove(path)
             sync_directory(self.path)
-        self._prepare()
+            self._sealing.unlink(missing_ok=True)
+            sync_directory(self.path)
+
+    @property
+    def sealing(self) -> bytes | None:
+        """What `note_sealing` was told; None if this machine is not being made into an image."""
+        return _read(self._sealing, 64 * 1024)
+
+    def note_sealing(self, data: bytes) -> None:
+        """Note durably that everything in here is to be erased, see `erase`."""
+        with storage(f"make {self.path}"):
+            make_directory(self.path, 0o700)
+        write_durably(self._sealing, data, 0o600)
+
+    def moved_from(self, machine: Machine) -> str:
+        """In words, what tells that this disk is a copy of another machine's; else nothing.
+
+        What is not known yet is noted. See `adopt` for what may be done about it.
+        """
+        before = self._read_looks()
+        if before == Machine():
+            self._write_looks(machine)
+        return _copied(before, machine)
 
     def _move_aside(self) -> Path:
         """Move everything into a new ``clone-<n>``, the key first: cut short, no host has two."""
@@ -304,6 +331,13 @@ class StateDirectory:
             "instance_id": machine.instance_id,
         }
         write_durably(self._looks, json.dumps(plain, sort_keys=True).encode(), 0o600)
+
+
+def _copied(before: Machine, now: Machine) -> str:
+    """In words, what tells that a disk made on `before` is in another machine."""
+    return _differs(before.machine_id, now.machine_id, "machine-id") or _differs(
+        before.dmi_uuid, now.dmi_uuid, "DMI UUID"
+    )
 
 
 def _differs(before: str, now: str, what: str) -> str:

@@ -12,7 +12,7 @@ Importing this loads neither yaml nor fastjsonschema; the first use does.
 
 from firstboot.userdata.carried import parse
 from firstboot.userdata.document import Document, ProviderSpec, seconds
-from firstboot.userdata.places import JOIN, explain, find, read_file
+from firstboot.userdata.places import JOIN, explain, find, read_file, written
 from firstboot.userdata.reading import dump
 from firstboot.userdata.token import ONE_TIME, Secret, check_token, is_one_time, make_token
 
@@ -31,4 +31,5 @@ __all__ = [
     "parse",
     "read_file",
     "seconds",
+    "written",
 ]

@@ -61,6 +61,12 @@ def explain(root: Path) -> str:
     )
 
 
+def written(root: Path) -> list[Path]:
+    """The files of a document that user-data put on this host: not the image's defaults."""
+    names = [CONFIG, *(name for folder in DROP_INS for name in _yaml_files(root, folder))]
+    return [root / name for name in names if os.path.lexists(root / name)]
+
+
 def read_file(path: Path, name: str) -> bytes | None:
     """A regular file's first `MAX_BYTES` + 1 bytes; None where there is none.
 

@@ -38,6 +38,7 @@ from firstboot.host import (
     write_status,
 )
 from firstboot.host import durable as durable_files
+from firstboot.host import state as state_module
 from firstboot.protocol.errors import LocalError, UserError
 from firstboot.protocol.messages import Certificate
 from firstboot.protocol.model import (
@@ -353,9 +354,35 @@ def test_erase_makes_a_new_host(tmp_path: Path) -> None:
     state.finish()
     assert StateDirectory(tmp_path).complete
     state.erase()
-    assert sorted(p.name for p in state.path.iterdir()) == ["issued", "secrets"]
+    assert list(state.path.iterdir()) == []
+    state = StateDirectory(tmp_path)
     assert state.load() is None
     state.begin(KEY, HERE)
+
+
+def test_a_seal_is_noted_until_everything_else_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = started(tmp_path)
+    state.note_sealing(b"etcd")
+    removed: list[str] = []
+    real = state_module._remove
+
+    def remove(path: Path) -> None:
+        if removed:
+            raise OSError(errno.EIO, "cut short")
+        removed.append(path.name)
+        real(path)
+
+    monkeypatch.setattr(state_module, "_remove", remove)
+    with pytest.raises(StorageFailed):
+        state.erase()
+    assert StateDirectory(tmp_path, working=False).sealing == b"etcd"
+    assert state.load() is None  # the identity went first
+    monkeypatch.undo()
+    state.erase()
+    assert state.sealing is None
+    assert list(state.path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- secrets and journal

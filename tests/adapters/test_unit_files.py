@@ -200,9 +200,9 @@ def settings(name: str) -> dict[str, list[str]]:
 def test_the_service_and_the_program_agree(tmp_path: Path) -> None:
     said = settings("firstboot.service")
     state = host.StateDirectory(tmp_path)
-    state.finish()
-    stamp = next(p for p in state.path.iterdir() if p.is_file())
-    assert said["ConditionPathExists"][0] == f"!/{stamp.relative_to(tmp_path)}"
+    state.note_sealing(b"")
+    mark = next(p for p in state.path.iterdir() if p.is_file())
+    assert said["ConditionPathExists"][0] == f"|/{mark.relative_to(tmp_path)}"
     assert said["StateDirectory"] == [state.path.name]
     assert said["StateDirectoryMode"] == [f"{stat.S_IMODE(state.path.stat().st_mode):04o}"]
     assert f"run/{said['RuntimeDirectory'][0]}" == str(Path(STATUS).parent)
