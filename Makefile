@@ -12,6 +12,7 @@
 # make acceptance  three machines become an Origin cluster: ORIGIN_IMAGES=DIR, or test doubles
 # make image      the image the machines boot from, under build/image
 # make install    DESTDIR= PREFIX=/usr; needs no pip
+# make overlay    the same as numbered layers for image builders, in build/overlay
 # make lock       pin the newest Python packages that pyproject.toml allows; needs uv on PATH
 # make clean      everything that was made here
 
@@ -19,7 +20,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup packages check test machines scenarios sim mutants chaos bench explore demo acceptance image install lock clean
+.PHONY: help setup packages check test machines scenarios sim mutants chaos bench explore demo acceptance image install overlay lock clean
 
 PREFIX ?= /usr
 DESTDIR ?=
@@ -142,35 +143,42 @@ acceptance: image
 
 # ---- the product ----
 
-SHARE := $(PREFIX)/share/firstboot
-define LAUNCHER
-#!/usr/bin/python3 -I
-import sys
-
-sys.path.insert(0, "$(SHARE)")
-from firstboot.cli import program
-
-program()
+# ostree-overlay/ is an exact image of /, in layers; the program and the units lie elsewhere and go
+# into theirs. build-image only builds images. The byte code saves every host a third of a start; by
+# hash, because image builders such as ostree reset all dates.
+define PUT
+put() {  # FROM TO: a file, or the files below a directory, with the modes git keeps
+	[ ! -e "$$1" ] || find "$$1" -type f ! -name '*.pyc' ! -name build-image -printf '%m %P\n' |
+		while read -r mode file; do
+			to=$$2$${file:+/$$file}
+			install -D -m $$((mode / 100 % 2 ? 755 : 644)) "$$1$${file:+/$$file}" "$$to"
+			[ $(PREFIX) = /usr ] || sed -i 's,/usr/\(bin\|share\)/firstboot,$(PREFIX)/\1/firstboot,g' "$$to"
+		done
+}
+layer() {  # LAYER DESTDIR
+	put "ostree-overlay/$$1/etc" "$$2/etc"
+	put "ostree-overlay/$$1/usr" "$$2$(PREFIX)"
+	case $$1 in
+	10program)
+		put firstboot "$$2$(PREFIX)/share/firstboot/firstboot"
+		put LICENSE "$$2$(PREFIX)/share/licenses/firstboot/LICENSE"
+		$(PYTHON) -m compileall -q -s "$$2" -p / --invalidation-mode checked-hash "$$2$(PREFIX)/share/firstboot"
+		;;
+	20units) put units "$$2$(PREFIX)/lib/systemd/system" ;;
+	esac
+}
+umask 022
 endef
-export LAUNCHER
+export PUT
+LAYERS := $(notdir $(wildcard ostree-overlay/[0-9]*))
 
-# The package as it lies in the tree, less what only builds images; -I above keeps the caller's
-# environment and working directory out of a program that runs as root. Its byte code saves every
-# host a third of a start; by hash, because image builders such as ostree reset all dates.
 install:
-	@cd firstboot && find . -type f ! -name '*.pyc' ! -name build-image | while read -r file; do \
-		install -Dm644 "$$file" "$(DESTDIR)$(SHARE)/firstboot/$$file"; done
-	@$(PYTHON) -m compileall -q -s "$(DESTDIR)" -p / --invalidation-mode checked-hash \
-		"$(DESTDIR)$(SHARE)/firstboot"
-	@install -d "$(DESTDIR)$(PREFIX)/bin"
-	@printf '%s\n' "$$LAUNCHER" >"$(DESTDIR)$(PREFIX)/bin/firstboot"
-	@chmod 755 "$(DESTDIR)$(PREFIX)/bin/firstboot"
-	@for unit in $(wildcard units/*.service units/*.target units/*.timer units/*.socket); do \
-		install -Dm644 "$$unit" -t "$(DESTDIR)$(PREFIX)/lib/systemd/system"; done
-	@for preset in $(wildcard units/*.preset); do \
-		install -Dm644 "$$preset" -t "$(DESTDIR)$(PREFIX)/lib/systemd/system-preset"; done
-	@install -Dm644 units/firstboot.conf -t "$(DESTDIR)$(PREFIX)/lib/tmpfiles.d"
-	@install -Dm644 LICENSE -t "$(DESTDIR)$(PREFIX)/share/licenses/firstboot"
+	@eval "$$PUT"; for layer in $(LAYERS); do layer $$layer "$(DESTDIR)"; done
+
+overlay: PREFIX = /usr
+overlay:
+	@rm -rf build/overlay
+	@eval "$$PUT"; for layer in $(LAYERS); do layer $$layer build/overlay/$$layer; done
 
 clean:
 	-[ ! -x $(VENV)/python ] || $(SUDO) $(VENV)/python -m tests.machines.demo stop

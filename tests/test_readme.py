@@ -14,6 +14,7 @@ from firstboot import cli
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "firstboot"
+OVERLAY = ROOT / "ostree-overlay"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 PAGES = sorted(
@@ -123,8 +124,10 @@ def test_exit_codes_are_those_of_the_command_line() -> None:
 
 
 def test_files_units_and_ports_are_those_of_the_sources() -> None:
-    kept = [p for p in (*PACKAGE.rglob("*"), *(ROOT / "units").iterdir()) if p.is_file()]
+    trees = (PACKAGE, ROOT / "units", OVERLAY)
+    kept = [p for tree in trees for p in tree.rglob("*") if p.is_file()]
     text = "\n".join(p.read_text(encoding="utf-8") for p in kept if p.suffix not in (".pyc", ".md"))
+    text += "".join(f"/{p.relative_to(OVERLAY)}\n" for p in OVERLAY.rglob("*"))
     for path in (p for cell in names("file") for p in INLINE.findall(cell)):
         if path == "/var/lib/firstboot/complete":
             path = "/complete"  # built from its directory
