@@ -109,6 +109,12 @@ class Publisher:
         hint = "Check the cable, DHCP or network configuration of this host."
         self._brief(Stage.DISCOVERING.value, "waiting", sentence, hint=hint, cluster=cluster)
 
+    def waiting_for_document(self, source: str, reason: str) -> None:
+        """The document that the kernel's command line names cannot be had yet."""
+        sentence = f"Waiting for the document at {source}: {reason}."
+        hint = "firstboot.config on the kernel's command line names it; it is tried again."
+        self._brief(Stage.DISCOVERING.value, "waiting", sentence, hint=hint)
+
     def end_early(self, state: str, sentence: str, code: str = "") -> None:
         """Nothing is started, and this is why."""
         problem = {"code": code, "text": sentence, "hint": "", "blocking": True}

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from firstboot import host, pki, userdata
+from firstboot import host, named, pki, userdata
 from firstboot.carrier import Carrier
 from firstboot.discovery import providers
 from firstboot.discovery.interface import Context, Provider
@@ -404,6 +404,7 @@ def run(root: Path) -> int:
     journal.ready()
     publisher = Publisher(root, journal)
     try:
+        named.obtain(root, publisher)
         with late_patterns():  # this imports yaml
             document = userdata.find(root)
         if document is None:
@@ -418,6 +419,7 @@ def run(root: Path) -> int:
                 return code
             journal.say(f"This host's address is now {service.moved}: starting anew with it.")
     except UserError as error:
+        named.forget(root)
         publisher.end_early("failed", str(error), code="CONFIGURATION")
         return error.code
     except FirstbootError as error:

@@ -5,7 +5,13 @@ process runs in.
 """
 
 from firstboot.host.address import Address, Interface, Network, choose, survey, wait_for_address
-from firstboot.host.durable import StorageFailed, make_directory, remove_durably, write_durably
+from firstboot.host.durable import (
+    StorageFailed,
+    make_directory,
+    remove_durably,
+    write_atomically,
+    write_durably,
+)
 from firstboot.host.facts import Facts, facts, node_name
 from firstboot.host.files import (
     give_back_resolver,
@@ -53,6 +59,7 @@ __all__ = [
     "use_directory",
     "use_resolver",
     "wait_for_address",
+    "write_atomically",
     "write_block",
     "write_durably",
     "write_status",

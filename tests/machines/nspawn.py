@@ -45,6 +45,7 @@ class Hardware:
     cgroups: Sequence[Path]
     binds: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    words: Sequence[str] = ()  # the kernel's command line, as far as a container has one
 
     @property
     def console(self) -> Path:
@@ -176,4 +177,12 @@ def _command(hardware: Hardware) -> list[str]:
         # What OCI runtimes need inside: session keyrings, and device rules as BPF programs.
         "--system-call-filter=@keyring bpf",
     ]
-    return [*launch, layers, str(hardware.directory), str(len(groups)), *groups, *nspawn]
+    return [
+        *launch,
+        layers,
+        str(hardware.directory),
+        str(len(groups)),
+        *groups,
+        *nspawn,
+        *hardware.words,
+    ]

@@ -32,6 +32,7 @@ from tests.network.run import RUNS, Run, cgroups, live_runs, remove_dead_runs, w
 
 PROJECT = Path(__file__).resolve().parents[2]
 IMAGE = PROJECT / "build/image/layers"
+NEWEST = PROJECT / "build/image/layers-newest"  # the same with the newest cloud-init
 ARTEFACTS = PROJECT / "build/artefacts"
 STATUS = "/run/firstboot/status.json"
 INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
@@ -219,7 +220,8 @@ class Rig:
 
     `overrides` gives single machines another user-data. `image` is the file `layers` that
     tests/machines/image wrote. `binds` are nspawn's ``SOURCE:TARGET``, read-only; `environment` is
-    nspawn's own.
+    nspawn's own. `words` are the kernel's arguments: systemd and cloud-init read them from
+    /proc/1/cmdline in a container.
     """
 
     live: ClassVar[list[Rig]] = []
@@ -233,11 +235,12 @@ class Rig:
         image: Path = IMAGE,
         binds: tuple[str, ...] = (),
         environment: Mapping[str, str] | None = None,
+        words: tuple[str, ...] = (),
     ) -> None:
         if not image.exists():
             raise FileNotFoundError(f"{image} is missing: run `make image` as root")
         self._layers = [Path(line) for line in image.read_text().splitlines()]
-        self._binds, self._environment = binds, environment or {}
+        self._binds, self._environment, self._words = binds, environment or {}, words
         self.run = Run()
         try:
             _raise_inotify(self.run)
@@ -295,6 +298,14 @@ class Rig:
         """Give a machine another user-data; cloud-init reads it at the next start."""
         _write_seed(self[number].hardware.seed, text)
 
+    def set_seed(self, **files: bytes) -> None:
+        """Give all machines exactly these files, `-` written as `_`; none at all: no seed."""
+        for machine in self.machines:
+            shutil.rmtree(machine.hardware.seed)
+            machine.hardware.seed.mkdir()
+            for name, data in files.items():
+                (machine.hardware.seed / name.replace("_", "-")).write_bytes(data)
+
     def collect(self, directory: Path) -> Path:
         """Write what explains a failure to `directory`, a directory for each machine."""
         shutil.rmtree(directory, ignore_errors=True)
@@ -320,6 +331,7 @@ class Rig:
             cgroups=cgroups(f"{self.run.prefix}/{number}"),
             binds=self._binds,
             environment=self._environment,
+            words=self._words,
         )
         machine = Machine(number, hardware, self.network.address(number))
         _write_seed(hardware.seed, user_data)
