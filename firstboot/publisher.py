@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from firstboot import host
-from firstboot.discovery.interface import Provider, ProviderReport
+from firstboot.discovery.interface import Provider, ProviderReport, opening
 from firstboot.journal import Journal
 from firstboot.protocol import status
 from firstboot.protocol.assembly import Assembly
@@ -64,6 +64,7 @@ class Publisher:
 
     def __init__(self, root: Path, journal: Journal) -> None:
         self._root, self._journal = root, journal
+        self.platform = ""  # the cloud this host is on, for remedies
         self.shown: dict[str, Any] = {}
         self._timeline: list[dict[str, Any]] = []
         self._seen: set[str] = set()
@@ -95,13 +96,33 @@ class Publisher:
         now |= {
             "since": self._since,
             "timeline": self._timeline,
-            "providers": [_fares(p.report(), next_try) for p in providers],
+            "providers": [self._fares(core, p.report(), next_try) for p in providers],
             **more,
         }
         before, self.shown = self.shown, now
         if _steady(now) != _steady(before):
             self._tell(now, before)
         return now
+
+    def _fares(
+        self, core: Assembly, report: ProviderReport, next_try: float | None
+    ) -> dict[str, Any]:
+        """A provider's report as plain data, fit to be shown: texts short and printable.
+
+        `next_try` is when the core asks all providers again, Unix time, None if it does not.
+        """
+        error, remedy = report.error, report.remedy
+        failures = status.unreached(core, report.name) if report.found else {}
+        if failures:
+            told = ", ".join(f"{count} {reason}" for reason, count in sorted(failures.items()))
+            unmet = f"nobody of ours answers there ({told})"
+            error = f"{error}; {unmet}" if error else unmet
+            remedy = remedy or opening(self.platform, f"TCP {core.me.endpoint.port}")
+        texts = {"error": error, "detail": report.detail, "remedy": remedy}
+        shown = {key: _printable(text) for key, text in texts.items()}
+        waits = report.next_try < 0 or next_try is None
+        at = None if waits else round(max(report.next_try, next_try or 0.0), 1)
+        return {"name": report.name, "found": report.found, **shown, "next_try": at}
 
     def waiting_for_address(self, cluster: str, where: str) -> None:
         """This host has no address yet, so there is no core to describe."""
@@ -138,18 +159,6 @@ class Publisher:
         with suppress(FirstbootError):  # a full /run must stop neither host nor journal
             host.write_status(self._root, now)
         self._journal.report(now, before)
-
-
-def _fares(report: ProviderReport, next_try: float | None) -> dict[str, Any]:
-    """A provider's report as plain data, fit to be shown: texts short and printable.
-
-    `next_try` is when the core asks all providers again, Unix time, None if it does not.
-    """
-    texts = {"error": report.error, "detail": report.detail, "remedy": report.remedy}
-    shown = {key: _printable(text) for key, text in texts.items()}
-    waits = report.next_try < 0 or next_try is None
-    at = None if waits else round(max(report.next_try, next_try or 0.0), 1)
-    return {"name": report.name, "found": report.found, **shown, "next_try": at}
 
 
 def _printable(text: str) -> str:

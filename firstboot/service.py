@@ -112,6 +112,7 @@ class Service:
         if facts is None:
             return
         memory = self._loop.run_in_executor(self._disk, self._memory, facts)
+        self.publisher.platform = facts.platform
         listed = [(spec.name, spec.options) for spec in self.document.discovery]
         self._chosen = providers.choose(listed, facts.platform)
         providers.load(name for name, _ in self._chosen)  # meanwhile the disk works
@@ -216,6 +217,7 @@ class Service:
         credentials = bootstrap.credentials(key)
         self.transport.set_channel(Channel.BOOTSTRAP, credentials, pki.node_id_of_certificate)
         self.publisher.mark("listening")
+        seal = pki.Seal(document.token.reveal(), document.formation_id)
         context = Context(
             bootstrap.tag,
             document.formation_id,
@@ -226,6 +228,8 @@ class Service:
             subnet=facts.address.subnet if facts.address else "",
             expect=document.config.expect,
             lacks=self._lacks,
+            seal=seal.seal,
+            unseal=seal.unseal,
         )
 
         def stranger(kind: str, source: str) -> None:

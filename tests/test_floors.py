@@ -77,8 +77,9 @@ UPPER = {
 THIRD_PARTY = {
     "yaml": {"userdata/reading.py"},
     "fastjsonschema": {"userdata/rules.py"},
-    "cryptography": {"pki/cluster.py", "pki/parts.py", "pki/signers.py"},
+    "cryptography": {"pki/cluster.py", "pki/parts.py", "pki/sealing.py", "pki/signers.py"},
     "zeroconf": {"discovery/mdns.py"},
+    "dns": {"discovery/dns.py"},
     "dbus": {"units.py"},
     "systemd": {"journal.py"},
 }

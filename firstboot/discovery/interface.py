@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from firstboot.protocol.errors import LocalError
 from firstboot.protocol.model import Endpoint
 from firstboot.protocol.record import dataclass
 
@@ -18,8 +20,8 @@ def _always() -> bool:
     return True
 
 
-def _unsealed(data: bytes) -> bytes:
-    return data
+def _no_key(data: bytes, about: bytes) -> bytes:
+    raise LocalError(f"no key to seal {len(data)} bytes with, about {about!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,8 @@ class Context:
     cluster and lets hosts in with a one-time token, else empty. `root` is where the host's files
     are, `platform` the cloud this host is on (``ec2``, ``openstack`` or empty), `subnet` the
     network of its address (``10.0.0.0/24``) or empty. `lacks` tells whether hosts are missing.
-    `seal` encrypts so that only holders of the token can `unseal`, which raises RemoteError.
+    `seal` encrypts a text and binds it to another, public one; only holders of the token can
+    `unseal` it, which raises RemoteError if it cannot be.
     """
 
     tag: str
@@ -43,8 +46,8 @@ class Context:
     subnet: str = ""
     expect: int = 1
     lacks: Callable[[], bool] = _always
-    seal: Callable[[bytes], bytes] = _unsealed
-    unseal: Callable[[bytes], bytes] = _unsealed
+    seal: Callable[[bytes, bytes], bytes] = _no_key
+    unseal: Callable[[bytes, bytes], bytes] = _no_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,22 @@ class ProviderReport:
     detail: str = ""
     remedy: str = ""
     next_try: float = 0.0
+
+
+def opening(platform: str, what: str) -> str:
+    """A remedy: what is to be opened between the hosts, where that is done on this platform."""
+    if platform in ("ec2", "openstack"):
+        return f"Open {what} between the hosts: an inbound rule of the security group from itself."
+    return f"Open {what} between the hosts, in their firewalls and on the way."
+
+
+def leads_to_a_peer(address: str) -> bool:
+    """Whether a peer may be there: not on this host itself, and not a group of hosts."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return not (ip.is_loopback or ip.is_multicast or ip.is_unspecified)
 
 
 class Provider(Protocol):

@@ -35,6 +35,7 @@ MAX_FORMATION = 200
 MAX_ASKED = 32  # instances whose records are asked for at one announcement
 MAX_KNOWN_ANSWERS = 256
 MAX_CACHE_NAMES = 16_384  # in zeroconf's own cache, which old versions do not bound
+QUIET_ROUNDS = 3  # announcements that nobody answers, until that is told
 SECONDS = 10.0
 _PTR, _TXT, _SRV, _A, _AAAA, _IN = 12, 16, 33, 1, 28, 1  # RFC 1035 and RFC 2782, section 3.2.2
 
@@ -212,10 +213,19 @@ class Mdns:
     def report(self) -> ProviderReport:
         """How many hosts were found, and whether multicast works at all on this one."""
         found = self._sieve.found_so_far() if self._sieve else 0
-        error = self._error
+        host = self._own.host if self._own else ""
+        group = "ff02::fb" if ":" in host else "224.0.0.251"
+        error, remedy = self._error, ""
         if not error and self._rounds > 1 and self._sieve and not self._sieve.hears_itself:
             error = "this host does not hear its own multicast; does a firewall block UDP 5353?"
-        return ProviderReport(self.name, found, error, f"announcing {self._own}")
+            remedy = f"Open UDP 5353 to {group} in this host's firewall."
+        elif not error and not found and self._rounds >= QUIET_ROUNDS:
+            error = "nobody answers"
+            remedy = (
+                f"Open UDP 5353 to {group} between the hosts, on one link; most clouds carry no"
+                " multicast: list another provider there."
+            )
+        return ProviderReport(self.name, found, error, f"asked {group} from {host}", remedy)
 
     async def _open(self) -> None:
         assert self._sieve is not None and self._own is not None

@@ -27,6 +27,7 @@ from firstboot.pki.cluster import (
     to_der,
     to_pem,
 )
+from firstboot.pki.sealing import Seal
 
 __all__ = [
     "AUTHORITY_LIFETIME",
@@ -38,6 +39,7 @@ __all__ = [
     "Authority",
     "Bootstrap",
     "Credentials",
+    "Seal",
     "check_granted",
     "check_request",
     "cluster_node_id",

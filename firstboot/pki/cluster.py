@@ -19,10 +19,9 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from firstboot.pki.parts import DER, PEM, UNREADABLE, expiry, moment, reading
+from firstboot.pki.parts import DER, PEM, UNREADABLE, expand, expiry, moment, reading
 from firstboot.protocol.errors import LocalError, RemoteError
 from firstboot.protocol.messages import MAX_BLOB, Certificate
 from firstboot.protocol.model import NODE_ID, Member, Profile
@@ -147,20 +146,11 @@ def cluster_node_id(der: bytes) -> str:
 
 
 def derive(token: str, formation_id: str) -> Bootstrap:
-    """Everything that follows from the token (HKDF-SHA256, RFC 5869), for one formation.
-
-    The salt is a hash because HMAC pads short keys with zeros: two ids must never collide.
-    """
-    salt = hashlib.sha256(formation_id.encode()).digest()
-
-    def expand(label: bytes, length: int) -> bytes:
-        kdf = HKDF(algorithm=hashes.SHA256(), length=length, salt=salt, info=label)
-        return kdf.derive(token.encode())
-
+    """What the bootstrap channel and discovery need of the token, for one formation."""
     # 128 bits more than the order has: the remainder's bias is negligible (FIPS 186-5, A.2.1).
-    surplus = int.from_bytes(expand(b"firstboot 1 bootstrap ca", 48), "big")
+    surplus = int.from_bytes(expand(token, formation_id, b"firstboot 1 bootstrap ca", 48), "big")
     return Bootstrap(
-        tag=expand(b"firstboot 1 discovery tag", 8).hex(),
+        tag=expand(token, formation_id, b"firstboot 1 discovery tag", 8).hex(),
         scalar=surplus % (_ORDER - 1) + 1,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from datetime import UTC, datetime
 
 from cryptography import x509
 from cryptography.exceptions import InternalError, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from firstboot.protocol.errors import RemoteError
 
@@ -29,6 +31,17 @@ UNREADABLE = (
     x509.ExtensionNotFound,
     x509.UnsupportedGeneralNameType,
 )
+
+
+def expand(token: str, formation_id: str, label: bytes, length: int) -> bytes:
+    """Bytes that follow from the token for one formation and one use (HKDF-SHA256, RFC 5869).
+
+    The salt is a hash because HMAC pads short keys with zeros: two ids must never collide.
+    """
+    salt = hashlib.sha256(formation_id.encode()).digest()
+    return HKDF(algorithm=hashes.SHA256(), length=length, salt=salt, info=label).derive(
+        token.encode()
+    )
 
 
 def moment(now: float | None) -> datetime:

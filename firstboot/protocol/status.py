@@ -15,6 +15,7 @@ from firstboot.protocol.voter import MASTER_SILENT
 
 SCHEMA = 1
 MAX_LISTED = 50  # peers in a status; the rest are counted
+MAX_DIALS = 1000  # addresses that are looked at to tell how dialling goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,21 @@ def looks_again(core: Assembly, wall_offset: float) -> float | None:
     """When all providers are asked again, Unix seconds; None if never."""
     at = core._announce_at
     return at + wall_offset if core.open and at < NEVER else None
+
+
+def unreached(core: Assembly, provider: str) -> dict[str, int]:
+    """Why nobody was met at any address that provider named, each reason with its number of times.
+
+    Empty if somebody was, or nothing is known yet.
+    """
+    reasons: dict[str, int] = {}
+    for contact in islice(core.book.contacts.values(), MAX_DIALS):
+        if provider in contact.via:
+            if contact.node_id:
+                return {}
+            if contact.error:
+                reasons[contact.error] = reasons.get(contact.error, 0) + 1
+    return reasons
 
 
 def _state(core: Assembly, found: list[Problem]) -> str:

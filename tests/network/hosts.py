@@ -33,6 +33,7 @@ class Host:
         self.address = network.address(number)
         self.process: subprocess.Popen[str] | None = None
         self.environment: dict[str, str] = {}  # beside the test's own
+        self.wrapper: tuple[str, ...] = ()  # what runs Python, if not the shell
         (root / "etc/firstboot").mkdir(parents=True)
         (root / "etc/machine-id").write_text(f"{number:032x}\n")
         (root / "run").mkdir()
@@ -48,7 +49,7 @@ class Host:
         with (self.root / "log").open("a") as log:
             self.process = self.network.popen(
                 self.number,
-                *(sys.executable, *self.program),
+                *(*self.wrapper, sys.executable, *self.program),
                 *("run", "--root", self.root),
                 stdout=log,
                 stderr=subprocess.STDOUT,

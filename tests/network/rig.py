@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from tests.network.run import Run
 
-_SUBNET = "10.77.0"
+_SUBNET, _BEHIND = "10.77.0", "10.77.1"
 METADATA = "169.254.169.254"  # where clouds have their metadata service
 
 
@@ -49,6 +49,8 @@ class Network:
         """The file that stands for a host's network namespace, as setns(2) takes it."""
         return Path("/run/netns") / f"{self.owner.prefix}-{host}"
 
+    gateway = f"{_SUBNET}.1"
+
     @staticmethod
     def address(host: int) -> str:
         """A host's IPv4 address."""
@@ -70,6 +72,24 @@ class Network:
         process = subprocess.Popen(self.command(host, *argv), text=True, **options)
         self.owner.callback(_end, process)
         return process
+
+    def serve(self, *argv: str | Path, **options: Any) -> subprocess.Popen[str]:
+        """Start a server at the switch, where every host reaches it at `gateway`."""
+        command = ["nsenter", f"--net=/run/netns/{self.switch}", "--", *map(str, argv)]
+        process = subprocess.Popen(command, text=True, **options)
+        self.owner.callback(_end, process)
+        return process
+
+    def behind_a_router(self, host: int) -> str:
+        """Move a host to a subnet of its own, which the switch routes to; its address there."""
+        self._switch(f"link set port{host} nomaster", f"addr add {_BEHIND}.1/24 dev port{host}")
+        address = f"{_BEHIND}.{10 + host}"
+        namespace = self.namespace(host).name
+        _ip(["addr flush dev eth0", f"addr add {address}/24 dev eth0"], namespace)
+        _ip([f"route replace default via {_BEHIND}.1"], namespace)
+        enter = ["nsenter", f"--net=/run/netns/{self.switch}", "--"]
+        call([*enter, "sysctl", "-q", "-w", "net.ipv4.ip_forward=1"], check=True)
+        return address
 
     def reaches(self, one: int, other: int) -> bool:
         """Whether a ping of one host by the other comes back within a second."""

@@ -1,0 +1,116 @@
+"""Ways to find each other where multicast does not reach: real servers, real sockets."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.machines.document import document
+from tests.network.hosts import PROJECT, QUICK, Hosts
+from tests.network.run import wait_until
+from tests.network.servers import dns_server, resolves_by, web_server
+
+pytestmark = pytest.mark.network
+
+
+def listed(hosts: int, discovery: str, **more: str) -> str:
+    return document(hosts, payload="none", election=QUICK, discovery=discovery, **more)
+
+
+def via(hosts: Hosts) -> set[str]:
+    """The providers by which some host was found."""
+    shown = [p for h in hosts.all for p in h.status["providers"] if p["found"]]
+    return {provider["name"] for provider in shown}
+
+
+def formed(hosts: Hosts, provider: str) -> None:
+    hosts.wait_running(timeout=120)
+    assert len(hosts.clusters()) == 1
+    assert hosts.masters() == 1
+    assert via(hosts) == {provider}
+
+
+@pytest.mark.parametrize("discovery", ["auto", "[sweep]"])
+def test_the_sweep_alone(tmp_path: Path, discovery: str) -> None:
+    with Hosts(3, tmp_path, listed(3, discovery)) as hosts:
+        hosts.network.no_multicast()
+        hosts.start()
+        formed(hosts, "sweep")
+
+
+def test_names_in_the_dns(tmp_path: Path) -> None:
+    """A records of some hosts, an SRV record of another, with a port of its own."""
+    text = listed(3, "[mdns, {dns: nodes.example.org}]")
+    other = text + "network: {port: 9443}\n"
+    with Hosts(3, tmp_path, text, overrides={3: other}) as hosts:
+        hosts.network.no_multicast()
+        conf = dns_server(
+            hosts.network,
+            tmp_path,
+            *(f"--host-record=nodes.example.org,10.77.0.{n}" for n in (11, 12)),
+            "--host-record=third.example.org,10.77.0.13",
+            "--srv-host=_firstboot._tcp.nodes.example.org,third.example.org,9443",
+        )
+        for host in hosts.all:
+            resolves_by(host, conf)
+        hosts.start()
+        formed(hosts, "dns")
+
+
+def test_two_subnets_joined_by_a_router(tmp_path: Path) -> None:
+    with Hosts(3, tmp_path, listed(3, "[auto, {dns: nodes.example.org}]")) as hosts:
+        behind = hosts.network.behind_a_router(3)
+        records = [f"10.77.0.{n}" for n in (11, 12)] + [behind]
+        conf = dns_server(
+            hosts.network, tmp_path, *(f"--address=/nodes.example.org/{a}" for a in records)
+        )
+        for host in hosts.all:
+            resolves_by(host, conf)
+        hosts.start()
+        hosts.wait_running(timeout=120)
+        assert len(hosts.clusters()) == 1
+        assert {p["address"] for p in hosts[1].status["peers"]} == {"10.77.0.12", behind}
+
+
+def test_a_file_on_a_web_server(tmp_path: Path) -> None:
+    text = listed(3, "[{http: {url: 'http://10.77.0.1:8080/demo'}}]")
+    with Hosts(3, tmp_path / "hosts", text) as hosts:
+        hosts.network.no_multicast()
+        files = web_server(hosts.network, tmp_path / "web")
+        (files / "demo").write_text("left by somebody else\n")
+        hosts.start()
+        formed(hosts, "http")
+        left = (files / "demo").read_bytes()
+        assert len(left.splitlines()) == 3
+        assert b"10.77" not in left
+
+
+NOTHING = """[auto, {static: [10.77.0.99, gone.example.org]}, {dns: nodes.example.org},
+  {ec2: {tag: {cluster: demo}}}, {openstack: {metadata: {cluster: demo}}},
+  {http: {url: 'http://10.77.0.1:8080/demo'}}]"""
+
+
+def test_a_host_that_finds_nobody_says_what_it_tried_and_what_to_open(tmp_path: Path) -> None:
+    with Hosts(1, tmp_path, listed(3, NOTHING)) as hosts:
+        hosts.network.no_multicast()
+        conf = tmp_path / "resolv.conf"
+        conf.write_text("nameserver 10.77.0.1\noptions timeout:1 attempts:1\n")
+        resolves_by(hosts[1], conf)
+        hosts.start()
+
+        def all_failed() -> bool:
+            return all(p["error"] for p in hosts[1].status.get("providers", [{"error": ""}]))
+
+        wait_until(all_failed, 120, "every provider has failed")
+        argv = [sys.executable, "-m", "firstboot", "status", "--root", str(tmp_path / "h1")]
+        done = subprocess.run(argv, capture_output=True, text=True, cwd=PROJECT, check=False)
+        assert done.returncode == 2
+        lines = done.stdout.splitlines()
+        assert len(lines) < 25, done.stdout
+        print(done.stdout)
+        shown = [n for n, line in enumerate(lines) if line.startswith("  discovery ")]
+        names = ["mdns", "sweep", "static", "dns", "ec2", "openstack", "http"]
+        assert [lines[n].split()[1].rstrip(":") for n in shown] == names
