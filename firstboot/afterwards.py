@@ -37,13 +37,16 @@ def run(root: Path) -> bool:
             journal.say(text, priority=WARNING)
         return False
     try:
-        _look_for_copy(root, journal)
+        _look(root, journal)
     except FirstbootError as error:
         journal.say(f"{error}.", priority=WARNING)
     return True
 
 
-def _look_for_copy(root: Path, journal: Journal) -> None:
+def _look(root: Path, journal: Journal) -> None:
+    from firstboot import scrub
+
+    exposed = scrub.scrub(root)
     directory = host.StateDirectory(root, working=False)
     changed = directory.moved_from(host.look(root))
     before = host.read_status(root) or {}
@@ -52,19 +55,21 @@ def _look_for_copy(root: Path, journal: Journal) -> None:
         text = f"This disk was copied from another machine: {changed}."
         problem = {"code": "CLONE", "text": text, "hint": CLONE_HINT, "blocking": True}
         found.insert(0, problem)
-    if before and found != before.get("problems"):
-        _tell(root, directory, before, found, journal)
+    state = "degraded" if any(p["blocking"] for p in found) else "running"
+    now: dict[str, Any] = {**before, "problems": found, "exposed": exposed}
+    if found != before.get("problems"):
+        now["state"] = state
+    if before and now != before:
+        _tell(root, directory, now, before, journal)
 
 
 def _tell(
     root: Path,
     directory: host.StateDirectory,
+    now: dict[str, Any],
     before: dict[str, Any],
-    problems: list[dict[str, Any]],
     journal: Journal,
 ) -> None:
-    state = "degraded" if any(p["blocking"] for p in problems) else "running"
-    now = {**before, "problems": problems, "state": state}
     host.write_status(root, now)
     host.write_durably(directory.path / "status.json", json.dumps(now).encode(), 0o644)
     journal.report(now, before)

@@ -218,6 +218,8 @@ def _validate(options: argparse.Namespace) -> int:
     document = userdata.parse(data, options.file)
     for warning in document.warnings:
         print(f"warning: {warning}")
+    if not document.token.reveal():
+        print("warning: the token was removed when the admission of this file's host closed")
     config = document.config
     print(
         f"{options.file}: valid: cluster {config.cluster}, expect {config.expect},"

@@ -15,6 +15,7 @@ MESSAGE_IDS = {
     "progress": "6f1d2a0c51f74b4db9a3b1c1d57a0e12",
     "problem": "6f1d2a0c51f74b4db9a3b1c1d57a0e13",
     "note": "6f1d2a0c51f74b4db9a3b1c1d57a0e14",
+    "exposed": "6f1d2a0c51f74b4db9a3b1c1d57a0e15",
 }
 
 
@@ -59,6 +60,10 @@ class Journal:
             self.say(now["sentence"], kind="stage", **fields)
         elif now["sentence"] != before.get("sentence"):
             self.say(now["sentence"], kind="progress", **fields)
+        for place in now.get("exposed", ()):
+            if place not in before.get("exposed", ()):
+                text = f"The token is still in {place['where']}. {place['remedy']}"
+                self.say(text, kind="exposed", **fields)
         known = {(p["code"], p["text"]) for p in before.get("problems", ())}
         for problem in now["problems"]:
             if (problem["code"], problem["text"]) not in known:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from firstboot import host, units, userdata
+from firstboot import host, scrub, units, userdata
 from firstboot.payloads.rows import PAYLOADS
 from firstboot.protocol.errors import FirstbootError, LocalError, UserError
 from firstboot.protocol.model import Register
@@ -59,6 +59,7 @@ def seal(root: Path, *, force: bool, say: Say) -> None:
     host.forget_machine_id(root)
     say("/etc/machine-id: the next boot makes a new one")
     _forget_document(root, say)
+    scrub.scrub(root)
     finish(root, mark, say)
     if _live(root):
         units.Systemd().enable(UNIT)

@@ -69,6 +69,8 @@ class Service:
         self._leaving = False
         self._stopped = False
         self._publishing: asyncio.TimerHandle | None = None
+        self.exposed: list[dict[str, str]] = []  # where the token is still to be read
+        self._scrubbing: Future[None] | None = None
         self.moved = ""  # the address this host has now, should it not be the one it had
         self._watching: asyncio.Task[None] | None = None
         self.core: Assembly
@@ -120,6 +122,8 @@ class Service:
         endpoint = facts.endpoint or Endpoint("127.0.0.1", facts.port)
         self.options = self.document.options_for(facts.matches)
         me = self._me(facts, pki.node_id(key), endpoint, voter=voter)
+        if not known.closed:
+            self.document.require_token()
         self._make_core(me, known)
         self.carrier = Carrier(self.root, self.directory, self.transport, self.core)
         self.publisher.mark("network")
@@ -316,6 +320,7 @@ class Service:
             payload=self.document.config.payload,
             certificates=expiries,
             warnings=warnings,
+            exposed=self.exposed,
         )
 
     def _carry_out(self, action: events.Action) -> None:
@@ -383,8 +388,10 @@ class Service:
                 self._announcing[provider.name] = task
 
     def _finish(self) -> None:
-        """Leave for good: the stamp comes last, and firstboot.service starts no more."""
+        """Leave for good. The stamp comes last, also after the token is off the disk."""
         self._leaving = True
+        if self._scrubbing is not None:
+            self._scrubbing.result()
         text = json.dumps(self._publish()).encode()
         host.write_durably(self.directory.path / "status.json", text, 0o644)
         self.directory.finish()
@@ -400,6 +407,13 @@ class Service:
         except FirstbootError as error:
             self.journal.say(f"{error}.", priority=WARNING)
         self.journal.say("Admission is closed: the token opens nothing on this host any more.")
+        self._scrubbing = self._disk.submit(self._scrub)
+        self._scrubbing.add_done_callback(self._check)
+
+    def _scrub(self) -> None:
+        from firstboot import scrub  # loaded when there is something to do
+
+        self.exposed = scrub.scrub(self.root)
 
 
 def run(root: Path) -> int:

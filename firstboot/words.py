@@ -89,6 +89,8 @@ def page(shown: dict[str, Any]) -> str:
             lines.append(f"  step       {step['what']}: {step['state']}")
     for name, state in shown.get("unit_states", {}).items():
         lines.append(f"  unit       {name}: {state}")
+    for place in shown.get("exposed", ()):
+        lines += [f"  token      still in {place['where']}", f"             {place['remedy']}"]
     for problem in shown["problems"]:
         if problem["text"] == shown["sentence"]:
             continue

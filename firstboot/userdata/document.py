@@ -15,7 +15,15 @@ from firstboot.protocol.record import dataclass
 from firstboot.userdata.origin import check_origin
 from firstboot.userdata.reading import Place, Said, merged, texts
 from firstboot.userdata.rules import check, check_network, filled, rule_for, wrong
-from firstboot.userdata.token import HIDDEN, REMEDY, TOKEN, Secret, check_token, is_one_time
+from firstboot.userdata.token import (
+    HIDDEN,
+    REMEDY,
+    TOKEN,
+    Secret,
+    check_token,
+    is_one_time,
+    is_removed,
+)
 
 UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 MAX_SWEPT = 1024  # addresses of a sweep: what a /22 has
@@ -37,7 +45,7 @@ class ProviderSpec:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What the configuration says.
+    """What the configuration says. `token` is empty where it was removed after admission closed.
 
     `interface` and `cidr` are "" where not given. `prefer` and `never` hold match mappings: all
     keys of one must fit a host. `options` are the payload's own, as variables for its texts.
@@ -69,6 +77,17 @@ class Document:
         """Whether the token is a one-time token: the cluster exists, and this host joins it."""
         return is_one_time(self.token.reveal())
 
+    def require_token(self) -> None:
+        """UserError if the token was removed: without it nothing can be formed."""
+        if not self.token.reveal():
+            raise UserError(
+                "the token was removed when admission closed, and this host has no cluster: its"
+                " state is gone, or it is a copy",
+                where=self.sources[-1],
+                hint="put a token there again, or: `firstboot admit` on the cluster's master,"
+                " `firstboot join` here",
+            )
+
     def options_for(self, fits: Callable[[Mapping[str, Any]], bool]) -> dict[str, str]:
         """The payload's variables on one host, of which `fits` tells whether a match does."""
         labels: dict[str, str] = {}
@@ -89,7 +108,10 @@ def make(layers: Sequence[Said], sources: Sequence[str], warnings: Sequence[str]
         where = said.where(("token",))
         if not isinstance(token, str):
             raise UserError("the token is not a text", where=where, hint=REMEDY)
-        check_token(token, where)
+        if is_removed(token):
+            token = ""
+        else:
+            check_token(token, where)
         said.data["token"] = HIDDEN
     for place, text in texts(said.data):
         if TOKEN.search(text):  # a token is a fine DNS label, and the cluster's name is published

@@ -17,6 +17,8 @@ FORMATION, ONE_TIME = "fb1", "fb1j"  # the prefixes
 TOKEN = re.compile(rf"fb1j?(-[{ALPHABET}]{{6}}){{6}}")
 # Words with a letter or sign outside the alphabet, so no real token can contain one by chance.
 PLACEHOLDER = re.compile(r"…|\.\.\.|<|changeme|change-me|replace|example|placeholder|token", re.I)
+# Stands where a token stood on a host whose admission has closed, and is as long as that was.
+REMOVED = "fb1-removed-when-admission-closed"
 HIDDEN = "***"
 REMEDY = "make one with: firstboot token"
 
@@ -63,6 +65,16 @@ def assemble(body: str, prefix: str = FORMATION) -> str:
 def is_one_time(text: str) -> bool:
     """Whether this token, which was checked, is one that ``firstboot admit`` made."""
     return text.startswith(f"{ONE_TIME}-")
+
+
+def removed(text: str) -> str:
+    """What is put in the place of this token."""
+    return REMOVED.ljust(len(text), "-")
+
+
+def is_removed(text: str) -> bool:
+    """Whether this stands where a token was removed."""
+    return text.rstrip("-") == REMOVED
 
 
 def check_token(text: str, where: str = "") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from firstboot.userdata import make_token
 from tests.machines.document import document
-from tests.network.hosts import PROJECT, QUICK, Hosts
+from tests.network.hosts import PROJECT, QUICK, Host, Hosts
 from tests.network.run import wait_until
 
 pytestmark = pytest.mark.network
@@ -37,21 +38,39 @@ def test_three_hosts_form_over_mdns(tmp_path: Path) -> None:
             assert (host.root / "var/lib/firstboot/complete").exists()
 
 
+def files_with(host: Host, token: str) -> list[str]:
+    return [
+        path.relative_to(host.root).as_posix()
+        for path in host.root.rglob("*")
+        if path.is_file() and token.encode() in path.read_bytes()
+    ]
+
+
+def goes_on_without(host: Host, token: str) -> None:
+    """Start a host that closed before; its processes end only when the others are there as well."""
+    (host.root / "run/firstboot/status.json").unlink()
+    host.start()
+    wait_until(lambda: host.state == "running", 60, "it goes on")
+    wait_until(lambda: not files_with(host, token), 60, "the token goes")
+    host.kill()
+
+
 @pytest.mark.scenario("A31")
-def test_files_are_private_and_the_token_stays_where_it_was(tmp_path: Path) -> None:
+def test_files_are_private_and_the_token_is_on_no_disk_after_close(tmp_path: Path) -> None:
     token = make_token()
-    with Hosts(2, tmp_path, document(2, token, election=QUICK, **NONE)) as hosts:
+    text = document(2, token, election=QUICK, **NONE)
+    with Hosts(2, tmp_path, text) as hosts:
+        for host in hosts.all:
+            copy = host.root / "var/lib/cloud/instances/i-1/user-data.txt"
+            copy.parent.mkdir(parents=True)
+            copy.write_text(text)
+            assert len(files_with(host, token)) == 2
         hosts.start()
         hosts.wait_running()
         for host in hosts.all:
             assert host.process is not None
-            host.process.wait(30)
-            with_token = [
-                path.relative_to(host.root).as_posix()
-                for path in host.root.rglob("*")
-                if path.is_file() and token.encode() in path.read_bytes()
-            ]
-            assert with_token == ["etc/firstboot/config.yaml"]
+            assert host.process.wait(30) == 0
+            assert files_with(host, token) == []
             state = host.root / "var/lib/firstboot"
             assert stat.S_IMODE(state.stat().st_mode) == 0o700
             keys = [p for p in host.root.rglob("*") if p.is_file() and b"PRIVATE" in p.read_bytes()]
@@ -59,6 +78,36 @@ def test_files_are_private_and_the_token_stays_where_it_was(tmp_path: Path) -> N
             assert {stat.S_IMODE(p.stat().st_mode) for p in keys} == {0o600}
             authorities = list((state / "secrets").glob("authority/*"))
             assert bool(authorities) == (host.status["role"] == "master")
+        # A power cut between CLOSE and that: the state says closed, and the token is there still.
+        # Then another: without it, what is left to do is done all the same.
+        for host, there in ((h, there) for h in hosts.all for there in (True, False)):
+            if there:
+                host.configure(text)
+            (host.root / "var/lib/firstboot/complete").unlink(missing_ok=True)
+            goes_on_without(host, token)
+        # A host that is done has no use for it either: whatever brings it back, it goes.
+        for host in hosts.all:
+            host.configure(text)
+            (host.root / "var/lib/firstboot/complete").touch()
+            host.start()
+            assert host.process is not None
+            assert host.process.wait(60) == 0, host.log
+            assert files_with(host, token) == []
+        assert len(hosts.clusters()) == 1
+
+
+def test_a_host_that_lost_its_disk_after_close_says_what_it_lacks(tmp_path: Path) -> None:
+    with Hosts(1, tmp_path, document(1, election="{grace: 1s}", **NONE)) as hosts:
+        host = hosts[1]
+        host.start()
+        hosts.wait_running()
+        assert host.process is not None
+        assert host.process.wait(30) == 0
+        shutil.rmtree(host.root / "var/lib/firstboot")
+        host.start()
+        assert host.process.wait(30) == 78
+        assert "config.yaml: the token was removed when admission closed" in host.status["sentence"]
+        assert "firstboot join" in host.status["sentence"]
 
 
 @pytest.mark.scenario("A12")

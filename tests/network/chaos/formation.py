@@ -58,9 +58,9 @@ class Formation:
         self.network = Network(plan.hosts + plan.stranger, run)
         self.hosts = [self._host(n, f"h{n}") for n in range(1, plan.hosts + 1)]
         self._token = make_token()
-        text = document(plan.expect, self._token, **plan.document_lines())
+        self._text = document(plan.expect, self._token, **plan.document_lines())
         for host in self.hosts:
-            host.configure(text)
+            host.configure(self._text)
         if plan.stranger:
             other = self._host(plan.hosts + 1, "stranger")
             other.configure(document(plan.expect, make_token(), **plan.document_lines()))
@@ -165,9 +165,10 @@ class Formation:
     def _leaks(self) -> list[str]:
         """I9: the files that hold the token, or a key for others to read, and must not."""
         token, found = self._token.encode(), []
+        done = {host.root for host in self.hosts if host.complete}
         for path in (p for p in self.directory.rglob("*") if p.is_file()):
             content = path.read_bytes()
-            if token in content and path.name != "config.yaml":
+            if token in content and (path.name != "config.yaml" or path.parents[2] in done):
                 found.append(f"the token is in {path.relative_to(self.directory)}")
             if b"PRIVATE KEY" in content and path.stat().st_mode & 0o077:
                 found.append(f"others can read {path.relative_to(self.directory)}")
@@ -231,6 +232,7 @@ class Formation:
         if host.up and not host.gone:
             host.kill()
             host.wipe(self.directory / f"h{host.number}-wiped-{host.wiped}")
+            host.configure(self._text)  # a new disk's user-data has the token again
             self._then(fault, self._starter(host))
 
     def _pause(self, fault: Fault) -> None:
