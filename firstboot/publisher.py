@@ -124,10 +124,8 @@ class Publisher:
         at = None if waits else round(max(report.next_try, next_try or 0.0), 1)
         return {"name": report.name, "found": report.found, **shown, "next_try": at}
 
-    def waiting_for_address(self, cluster: str, where: str) -> None:
+    def waiting_for_address(self, cluster: str, sentence: str, hint: str) -> None:
         """This host has no address yet, so there is no core to describe."""
-        sentence = f"Waiting for a network address{' on ' if where else ''}{where}."
-        hint = "Check the cable, DHCP or network configuration of this host."
         self._brief(Stage.DISCOVERING.value, "waiting", sentence, hint=hint, cluster=cluster)
 
     def waiting_for_document(self, source: str, reason: str) -> None:

@@ -30,7 +30,7 @@ from firstboot.payloads.rows import OPTIONS, PAYLOADS
 from firstboot.protocol import events, history
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.errors import FirstbootError, UserError
-from firstboot.protocol.model import Channel, Endpoint, Self, Stored
+from firstboot.protocol.model import Channel, Endpoint, Self, Stage, Stored
 from firstboot.protocol.situation import Start
 from firstboot.publisher import Publisher, Recorder
 from firstboot.transport import Transport
@@ -130,10 +130,11 @@ class Service:
         if not gc.isenabled():
             gc.freeze()  # modules and the like stay; what comes now is looked through again
             gc.enable()
+        self.transport.zone = facts.address.interface if facts.address else ""
         await self.transport.start("", endpoint.port)
         self._started = True
-        if facts.endpoint is not None:
-            self._watching = asyncio.ensure_future(self._watch_address(facts.endpoint.host))
+        if facts.address is not None:
+            self._watching = asyncio.ensure_future(self._watch_address(facts.address.host))
         self.carrier.open_cluster_channel()
         if not known.closed:
             await self._open_formation(me, key, facts)
@@ -159,12 +160,16 @@ class Service:
             return host.facts(self.root, wanted.interface, wanted.cidr, wanted.port)
 
         facts = look()
-        if facts.endpoint is not None or (wanted.config.expect == 1 and not wanted.late):
+        there = facts.address is not None and not host.is_stopgap(facts.address, wanted.cidr)
+        if there or (wanted.config.expect == 1 and not wanted.late):
             return facts  # a cluster of one needs no network
-        where = wanted.interface or wanted.cidr
         gc.enable()  # this may take days
-        self.publisher.waiting_for_address(wanted.config.cluster, where)
-        waiting = asyncio.ensure_future(host.wait_for_address(wanted.interface, wanted.cidr))
+
+        def say(sentence: str, hint: str) -> None:
+            self.publisher.waiting_for_address(wanted.config.cluster, sentence, hint)
+
+        coming = host.wait_for_address(wanted.interface, wanted.cidr, say=say)
+        waiting = asyncio.ensure_future(coming)
         stop = asyncio.ensure_future(self._wake.wait())
         _, rest = await asyncio.wait((waiting, stop), return_when=asyncio.FIRST_COMPLETED)
         for task in rest:
@@ -172,9 +177,14 @@ class Service:
         return None if self._stopped else look()
 
     async def _watch_address(self, known: str) -> None:
-        """End this run once the address is gone and another is there; `run` begins the next."""
+        """End this run once the address is to be another one; `run` begins the next."""
         wanted = self.document
-        self.moved = (await host.wait_for_address(wanted.interface, wanted.cidr, known)).host
+
+        def settled() -> bool:
+            return self.core.stage is not Stage.DISCOVERING
+
+        other = host.wait_for_address(wanted.interface, wanted.cidr, known, settled=settled)
+        self.moved = (await other).host
         self._wake.set()
 
     def _me(self, facts: host.Facts, node_id: str, endpoint: Endpoint, *, voter: bool) -> Self:

@@ -113,11 +113,8 @@ class Sieve:
     def _endpoint(self, raw: bytes, port: int) -> Endpoint | None:
         try:
             address = ipaddress.ip_address(raw)
-            host = str(address)
-            if address.version == 6 and address.is_link_local:
-                # The zone is where it was heard: on this host's own link.
-                host = f"{host}%{self._own.host.partition('%')[2]}".rstrip("%")
-            endpoint = Endpoint(host, port)
+            # Without a zone, a link-local one is on this host's own link.
+            endpoint = Endpoint(str(address), port)
         except ValueError:
             return None
         # Never let a record steer connections at this host itself or at a group of hosts.

@@ -4,7 +4,15 @@ Files are found under an explicit `root`; addresses are those of the network nam
 process runs in.
 """
 
-from firstboot.host.address import Address, Interface, Network, choose, survey, wait_for_address
+from firstboot.host.address import (
+    Address,
+    Interface,
+    Network,
+    choose,
+    is_stopgap,
+    survey,
+    wait_for_address,
+)
 from firstboot.host.durable import (
     StorageFailed,
     make_directory,
@@ -44,6 +52,7 @@ __all__ = [
     "forget_machine_id",
     "give_back_resolver",
     "holds_anything",
+    "is_stopgap",
     "look",
     "make_directory",
     "make_link",

@@ -6,6 +6,8 @@ import asyncio
 import ipaddress
 import socket
 import struct
+from collections.abc import Callable
+from contextlib import suppress
 
 from firstboot.host.netlink import (
     RTM_GETADDR,
@@ -29,6 +31,7 @@ _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8  # linux/if_addr.h
 _IFA_F_TEMPORARY, _IFA_F_DADFAILED, _IFA_F_DEPRECATED, _IFA_F_TENTATIVE = 0x1, 0x8, 0x20, 0x40
 _RTA_OIF, _RTA_PRIORITY, _RTA_MULTIPATH = 4, 6, 9  # linux/rtnetlink.h
 _RT_TABLE_MAIN, _RTN_UNICAST = 254, 1
+LINK_LOCAL_AFTER = 5.0  # seconds without a better address before a link-local one is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +124,67 @@ def _usable(address: Address, network: Network, interface: str, cidr: str) -> bo
     return not cidr or address.ip in ipaddress.ip_network(cidr, strict=False)
 
 
-async def wait_for_address(interface: str = "", cidr: str = "", known: str = "") -> Address:
+def lacking(network: Network, interface: str = "", cidr: str = "") -> tuple[str, str]:
+    """What this host waits for while `choose` finds nothing: a sentence and a hint."""
+    where = (f" on {interface}" if interface else "") + (f" within {cidr}" if cidr else "")
+    hint = "Check the cable, DHCP or network configuration of this host."
+    try:
+        choose(network, interface, cidr)
+    except UserError as error:
+        if not all(a.ip.is_link_local for a in network.addresses if not a.ip.is_loopback):
+            text = f"{error.message[:1].upper()}{error.message[1:]}."
+            return text, f"{error.hint[:1].upper()}{error.hint[1:]}, or wait for a default route."
+    links = {i.name: i for i in network.interfaces}
+    if interface and interface not in links:
+        others = ", ".join(sorted(i.name for i in links.values() if not i.loopback)[:8])
+        sentence = f"Waiting for the network interface {interface}: there is none of that name."
+        hint = f"This host has {others or 'no interface'}. Check network.interface, or what makes "
+        return sentence, f"{hint}it (a bond, a VLAN)."
+    if interface and not links[interface].up:
+        return f"Waiting for the network interface {interface}: it is down.", hint
+    here = [a for a in network.addresses if _usable(a, network, interface, "")]
+    if here:
+        seen = ", ".join(f"{a.host} on {a.interface}" for a in here[:4])
+        hint = f"This host has {seen}. " + ("Check network.cidr." if cidr else hint)
+    return f"Waiting for a network address{where}.", hint
+
+
+def is_stopgap(address: Address, cidr: str = "") -> bool:
+    """Whether that address is link-local though nobody asked for such a one."""
+    asked = bool(cidr) and ipaddress.ip_network(cidr, strict=False).is_link_local
+    return address.ip.is_link_local and not asked
+
+
+def _settled() -> bool:
+    """Nothing but a lost address is a reason to move."""
+    return True
+
+
+def _silent(sentence: str, hint: str) -> None:
+    """Nobody is told what is waited for."""
+
+
+async def wait_for_address(
+    interface: str = "",
+    cidr: str = "",
+    known: str = "",
+    *,
+    settled: Callable[[], bool] = _settled,
+    say: Callable[[str, str], None] = _silent,
+) -> Address:
     """Return the chosen address as soon as there is one; no polling.
+
+    Meanwhile `say` is told what is waited for: a sentence and a hint. A link-local address is
+    there before DHCP or a router has answered, so it is taken only `LINK_LOCAL_AFTER` it was seen.
 
     With `known`, the address in use: return once that one is gone and another is chosen. A
     link-local one is only chosen in place of another such, and left as soon as there is better.
-    Raises UserError as `choose` does, unless an address is known already.
+    While not `settled`, reasons to return are also a better one, as the other hosts will choose
+    it, and that its interface was made anew: multicast groups were joined on the old one.
     """
     loop = asyncio.get_running_loop()
     changed = asyncio.Event()
+    first, told, due = 0, ("", ""), 0.0
     with open_events() as events:  # before the first look, so that no change is missed
 
         def woken() -> None:
@@ -140,30 +195,64 @@ async def wait_for_address(interface: str = "", cidr: str = "", known: str = "")
         try:
             while True:
                 changed.clear()
-                found = _choose_other(survey(), interface, cidr, known)
+                network = survey()
+                found = _choose_other(network, interface, cidr, known, settled=settled())
+                here = _in_use(network, interface, cidr, known)
+                first = first or _index(here)
+                if found is None and _index(here) not in (0, first) and not settled():
+                    found = here
+                if found is not None and not known and is_stopgap(found, cidr):
+                    due = due or loop.time() + LINK_LOCAL_AFTER
+                    found = found if loop.time() >= due else None
                 if found is not None:
                     return found
-                await changed.wait()
+                if told != (told := lacking(network, interface, cidr)) and not known:
+                    say(*told)
+                with suppress(TimeoutError):
+                    left = max(0.0, due - loop.time()) if due else None
+                    await asyncio.wait_for(changed.wait(), left)
         finally:
             loop.remove_reader(events)
 
 
-def _choose_other(network: Network, interface: str, cidr: str, known: str) -> Address | None:
+def _choose_other(
+    network: Network, interface: str, cidr: str, known: str, *, settled: bool = True
+) -> Address | None:
     """What `choose` says, if it is a reason to leave `known`: a link-local address rarely is."""
-    passing = bool(known) and Address(known, "").ip.is_link_local
-    here = [a for a in network.addresses if a.host == known]
-    still = any(_usable(a, network, interface, cidr) for a in here)
-    if still and not passing:
-        return None  # a better one is no reason to move
     try:
         found = choose(network, interface, cidr)
     except UserError:
-        if known:
-            return None
-        raise
-    if known and found is not None and found.ip.is_link_local and (still or not passing):
+        return None
+    if not known or found is None:
+        return found
+    here = _in_use(network, interface, cidr, known)
+    passing = Address(known, "").ip.is_link_local
+    if found.ip.is_link_local and (here or not passing):
         return None  # all there is between two leases of DHCP
-    return found
+    if here is None or passing:
+        return found
+    # Hosts with the same networks must end on the same one, whichever came up first on each.
+    better = not settled and _rank(found, network) < _rank(here, network)
+    return found if better else None
+
+
+def _in_use(network: Network, interface: str, cidr: str, known: str) -> Address | None:
+    here = (a for a in network.addresses if a.host == known)
+    return next((a for a in here if _usable(a, network, interface, cidr)), None)
+
+
+def _rank(address: Address, network: Network) -> tuple[int, int]:
+    """How well that address suits, the best first, in the order of `choose`."""
+    routed = {name: i for i, name in enumerate(network.default)}
+    return routed.get(address.interface, len(routed)), address.ip.version
+
+
+def _index(address: Address | None) -> int:
+    """The number of that address's interface; 0 if it has gone. One made anew has another."""
+    try:
+        return socket.if_nametoindex(address.interface) if address else 0
+    except OSError:
+        return 0
 
 
 # ---------------------------------------------------------------- rows of the kernel's tables

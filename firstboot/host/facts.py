@@ -10,7 +10,7 @@ from typing import Any
 
 from firstboot.host.address import Address, Network, choose, survey
 from firstboot.host.machine import Machine, firmware, look, platform, read_fact
-from firstboot.protocol.errors import LocalError
+from firstboot.protocol.errors import LocalError, UserError
 from firstboot.protocol.model import LABEL, Endpoint
 from firstboot.protocol.record import dataclass
 
@@ -32,8 +32,8 @@ class Facts:
 
     @property
     def endpoint(self) -> Endpoint | None:
-        """Where peers reach this host."""
-        return Endpoint(self.address.host, self.port) if self.address else None
+        """Where peers reach this host. A zone is left out: it says nothing on another host."""
+        return Endpoint(str(self.address.ip), self.port) if self.address else None
 
     @property
     def macs(self) -> tuple[str, ...]:
@@ -68,17 +68,27 @@ class Facts:
 
 
 def facts(root: Path, interface: str = "", cidr: str = "", port: int = 7443) -> Facts:
-    """Look at this host: files under `root`, and the network it is in (see `choose`)."""
+    """Look at this host: files under `root`, and the network it is in (see `choose`).
+
+    While only the operator could choose, it has no address.
+    """
     network, dmi = survey(), firmware(root)
     return Facts(
         machine=look(root),
         hostname=read_fact(root / "proc/sys/kernel/hostname"),
         network=network,
-        address=choose(network, interface, cidr),
+        address=_address(network, interface, cidr),
         port=port,
         dmi=dmi,
         platform=platform(root, dmi),
     )
+
+
+def _address(network: Network, interface: str, cidr: str) -> Address | None:
+    try:
+        return choose(network, interface, cidr)
+    except UserError:
+        return None  # a default route may come yet
 
 
 def node_name(hostname: str, node_id: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 import ssl
 from collections.abc import Callable, Coroutine
@@ -48,6 +49,7 @@ class Transport:
         self._strangers = Strangers(self._limits, self._tell)
         self._closing = False
         self._encoded: tuple[messages.Message | None, bytes] = None, b""
+        self.zone = ""  # the interface on which link-local addresses without one are (RFC 4007)
 
     async def start(self, host: str, port: int) -> int:
         """Listen there ("" for every address, 0 for any port); the port. LocalError if taken."""
@@ -176,7 +178,7 @@ class Transport:
         tunnel: Tunnel | None = None
         try:
             async with asyncio.timeout(self._limits.handshake):
-                tunnel = await _reach(endpoint, source_host)
+                tunnel = await _reach(endpoint, source_host, self.zone)
                 node_id = await self._enter(gate, tunnel, server_side=False)
         except (OSError, EOFError, RemoteError) as error:
             self._dials.discard((endpoint, gate.channel))
@@ -276,16 +278,21 @@ def _channel(selector: bytes) -> Channel:
     return _SELECTED[selector]
 
 
-async def _reach(endpoint: Endpoint, source_host: str | None) -> Tunnel:
+async def _reach(endpoint: Endpoint, source_host: str | None, zone: str) -> Tunnel:
     same_family = source_host is not None and (":" in source_host) == (":" in endpoint.host)
     reader, writer = await asyncio.open_connection(
-        endpoint.host,
+        _scoped(endpoint.host, zone),
         endpoint.port,
-        local_addr=(source_host, 0) if same_family else None,
+        local_addr=(_scoped(source_host, zone), 0) if source_host and same_family else None,
         flags=socket.AI_NUMERICHOST,  # what a stranger announced must not become a DNS query
         limit=CHUNK,
     )
     return Tunnel(reader, writer)
+
+
+def _scoped(host: str, zone: str) -> str:
+    bare = zone and "%" not in host and ":" in host
+    return f"{host}%{zone}" if bare and ipaddress.ip_address(host).is_link_local else host
 
 
 def _failure(error: Exception, gate: _Gate, *, reached: bool) -> str:

@@ -249,10 +249,11 @@ def _check_sweep(said: Said, place: Place, text: str) -> None:
 def _address(said: Said, place: Place, text: str, port: int) -> Endpoint | str:
     """A listed address, or ``name:port``."""
     split = re.fullmatch(
-        r"\[(?P<v6>.+)\]:(?P<p6>[0-9]{1,5})|(?P<other>[^:]+):(?P<p>[0-9]{1,5})", text
+        r"\[(?P<v6>[^]]+)\](:(?P<p6>[0-9]{1,5}))?|(?P<other>[^:]+):(?P<p>[0-9]{1,5})", text
     )
     host = (split["v6"] or split["other"]) if split else text
-    number = int(split["p6"] or split["p"]) if split else port
+    given = (split["p6"] or split["p"]) if split else ""
+    number = int(given) if given else port
     try:
         return Endpoint(str(ipaddress.ip_address(host)), number)
     except ValueError:

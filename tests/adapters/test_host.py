@@ -739,6 +739,56 @@ def test_when_another_address_is_a_reason_to_move(
     assert (found and found.host) == other
 
 
+@pytest.mark.parametrize(
+    ("known", "there", "default", "other"),
+    [
+        ("fd00::1", ["fd00::1 eth0", "10.0.0.1 eth0"], ["eth0"], "10.0.0.1"),
+        ("10.0.0.1", ["fd00::1 eth0", "10.0.0.1 eth0"], ["eth0"], None),
+        ("10.9.0.1", ["10.9.0.1 eth1", "10.0.0.1 eth0"], ["eth0"], "10.0.0.1"),
+        ("10.9.0.1", ["10.9.0.1 eth1", "10.0.0.1 eth0"], ["eth0", "eth1"], "10.0.0.1"),
+        ("10.9.0.1", ["10.9.0.1 eth1", "10.0.0.1 eth0"], [], None),  # nobody knows
+        ("10.9.0.1", ["10.9.0.1 eth1", "fe80::1 eth0"], ["eth0"], None),
+        ("10.0.0.1", ["10.0.0.1 eth0", "10.0.0.2 eth0"], ["eth0"], None),
+    ],
+)
+def test_a_better_address_counts_until_hosts_have_agreed(
+    known: str, there: list[str], default: list[str], other: str | None
+) -> None:
+    pairs = [text.split() for text in there]
+    addresses = tuple(Address(host, name) for host, name in pairs)
+    network = Network((ETH0, ETH1), addresses, tuple(default))
+    found = address._choose_other(network, "", "", known, settled=False)
+    assert (found and found.host) == other
+    assert address._choose_other(network, "", "", known) is None
+
+
+@pytest.mark.parametrize(
+    ("network", "interface", "cidr", "sentence", "hint"),
+    [
+        (net(), "", "", "Waiting for a network address.", "Check the cable, DHCP"),
+        (net(), "eth0", "", "Waiting for a network address on eth0.", "Check the cable, DHCP"),
+        (net(TEN), "bond0", "", "network interface bond0: there is none", "has eth0, eth1. Check"),
+        (net(TEN), "", "10.9.0.0/16", "within 10.9.0.0/16.", "10.0.0.5 on eth0. Check network"),
+        (net(TEN, SIX), "", "", "This host has several addresses and no", "wait for a default"),
+        (net(LOCAL6), "", "", "Waiting for a network address.", "has fe80::5%eth0 on eth0. Check"),
+        (
+            net(LOCAL6, Address("fe80::6%eth1", "eth1")),
+            "",
+            "",
+            "Waiting for a network address.",
+            "fe80::6%eth1 on eth1",
+        ),
+        (Network((LO, Interface("eth0", up=False))), "eth0", "", "eth0: it is down.", "cable"),
+    ],
+)
+def test_what_is_waited_for(
+    network: Network, interface: str, cidr: str, sentence: str, hint: str
+) -> None:
+    said = address.lacking(network, interface, cidr)
+    assert sentence in said[0]
+    assert hint in said[1]
+
+
 # ---------------------------------------------------------------- status
 
 

@@ -141,9 +141,9 @@ def test_addresses_that_no_record_may_steer_us_to(address: bytes, port: int) -> 
 
 
 def test_a_link_local_address_is_on_this_hosts_link() -> None:
-    told = Told(Endpoint("fe80::1%eth0", 7443))
+    told = Told(Endpoint("fe80::1", 7443))
     told.sieve.take(heard("peer", None, b"\xfe\x80" + bytes(13) + b"\x02"))
-    assert told.found == [Endpoint("fe80::2%eth0", 7443)]
+    assert told.found == [Endpoint("fe80::2", 7443)]
 
 
 def test_a_flood_is_bounded_and_hides_nobody() -> None:

@@ -30,7 +30,7 @@ class Host:
 
     def __init__(self, network: Network, number: int, root: Path) -> None:
         self.network, self.number, self.root = network, number, root
-        self.address = network.address(number)
+        self.address = network.chosen(number)
         self.process: subprocess.Popen[str] | None = None
         self.environment: dict[str, str] = {}  # beside the test's own
         self.wrapper: tuple[str, ...] = ()  # what runs Python, if not the shell
@@ -91,7 +91,10 @@ class Host:
 
 
 class Hosts:
-    """`count` hosts on one network with one document; `overrides` for those with another."""
+    """`count` hosts on one network with one document; `overrides` for those with another.
+
+    `ip` is the network's, see `Network`.
+    """
 
     def __init__(
         self,
@@ -99,8 +102,9 @@ class Hosts:
         directory: Path,
         text: str = "",
         overrides: Mapping[int, str] | None = None,
+        ip: str = "4",
     ) -> None:
-        self.network = Network(count)
+        self.network = Network(count, ip=ip)
         text = text or document(count, payload="none", election=QUICK)
         self.all = [Host(self.network, n, directory / f"h{n}") for n in self.network.hosts]
         for host in self.all:

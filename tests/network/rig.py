@@ -1,8 +1,11 @@
-"""Hosts on a switch of their own: network namespaces, each with a static IPv4 address on eth0.
+"""Hosts on a switch of their own: network namespaces, each with a static address on eth0.
 
 The switch is a bridge in a namespace of its own; the real host's network is never touched, and
 two runs never meet. Hosts are numbered from 1. Faults happen at the switch: a host notices
 nothing but silence. The same layer carries plain processes (``network`` tests) and whole machines.
+
+The switch is the hosts' router as well, with the address 1 in every subnet: what a network offers
+(names, leases, metadata) runs there.
 """
 
 from __future__ import annotations
@@ -16,14 +19,20 @@ from typing import Any, Self
 from tests.network.run import Run
 
 _SUBNET, _BEHIND = "10.77.0", "10.77.1"
+_SUBNET6 = "fd77:"
 METADATA = "169.254.169.254"  # where clouds have their metadata service
 
 
 class Network:
-    """`hosts` namespaces on one bridge; leaving the context closes the `run` they belong to."""
+    """`hosts` namespaces on one bridge; leaving the context closes the `run` they belong to.
 
-    def __init__(self, hosts: int, run: Run | None = None) -> None:
+    `ip` is ``4``, ``6``, ``46`` for both, or ``local`` for nothing but IPv6 link-local addresses,
+    which the kernel makes.
+    """
+
+    def __init__(self, hosts: int, run: Run | None = None, *, ip: str = "4") -> None:
         self.hosts = range(1, hosts + 1)
+        self.ip = ip
         self.owner = run or Run()
         self.switch = f"{self.owner.prefix}-switch"
         self._unplugged: set[int] = set()
@@ -55,6 +64,17 @@ class Network:
     def address(host: int) -> str:
         """A host's IPv4 address."""
         return f"{_SUBNET}.{10 + host}"
+
+    @staticmethod
+    def address6(host: int) -> str:
+        """A host's IPv6 address."""
+        return f"{_SUBNET6}:{10 + host:x}"
+
+    def chosen(self, host: int) -> str:
+        """The address firstboot should choose there."""
+        if self.ip == "local":
+            return f"fe80::ff:fe00:{10 + host:x}"  # of its MAC address: RFC 4291, appendix A
+        return self.address6(host) if self.ip == "6" else self.address(host)
 
     # -- processes on a host --
 
@@ -136,7 +156,11 @@ class Network:
 
     def no_multicast(self) -> None:
         """Carry no multicast, as clouds do; ARP and IPv6 neighbour discovery still work."""
-        self._rules("multicast", ["ip daddr 224.0.0.0/4 drop", "ip6 daddr ff02::fb drop"])
+        discovery = "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-advert }"
+        self._rules(
+            "multicast",
+            ["ip daddr 224.0.0.0/4 drop", f"{discovery} accept", "ip6 daddr ff00::/8 drop"],
+        )
 
     def cut(self, *pairs: tuple[int, int]) -> None:
         """Carry nothing from the first host of each pair to its second; the way back works."""
@@ -163,11 +187,12 @@ class Network:
 
     def take_address(self, host: int, address: str) -> None:
         """Take an address from a host, and its default route with it."""
-        _ip([f"addr del {address}/24 dev eth0"], self.namespace(host).name)
+        _ip([f"addr del {_prefixed(address)} dev eth0"], self.namespace(host).name)
 
     def give_address(self, host: int, address: str) -> None:
         """Give a host an address and a default route."""
-        lines = [f"addr add {address}/24 dev eth0", f"route replace default via {_SUBNET}.1"]
+        router = f"{_SUBNET6}:1" if ":" in address else self.gateway
+        lines = [f"addr add {_prefixed(address)} dev eth0", f"route replace default via {router}"]
         _ip(lines, self.namespace(host).name)
 
     def heal(self) -> None:
@@ -187,7 +212,8 @@ class Network:
             "link set lo up",
             # No spanning tree and no forward delay: a port carries frames at once.
             "link add bridge type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
-            f"addr add {_SUBNET}.1/24 dev bridge",
+            *([f"addr add {self.gateway}/24 dev bridge"] if "4" in self.ip else []),
+            *([f"addr add {_SUBNET6}:1/64 dev bridge nodad"] if "6" in self.ip else []),
             "link set bridge up",
         )
         for host in self.hosts:
@@ -196,18 +222,15 @@ class Network:
     def _attach(self, host: int) -> None:
         namespace = self.namespace(host).name
         self._switch(
-            f"link add port{host} type veth peer name eth0 netns {namespace}",
+            f"link add port{host} type veth peer name eth0 address 02:00:00:00:00:{10 + host:02x}"
+            f" netns {namespace}",
             f"link set port{host} master bridge up",
         )
-        _ip(
-            [
-                "link set lo up",
-                f"addr add {self.address(host)}/24 dev eth0",
-                "link set eth0 up",
-                f"route add default via {_SUBNET}.1",
-            ],
-            namespace,
-        )
+        addresses = [self.address(host)] if "4" in self.ip else []
+        addresses += [self.address6(host)] if "6" in self.ip else []
+        _ip(["link set lo up", "link set eth0 up"], namespace)
+        for address in addresses:
+            self.give_address(host, address)
 
     def _switch(self, *lines: str) -> None:
         _ip(lines, self.switch)
@@ -222,6 +245,10 @@ class Network:
 
     def _nft(self, text: str) -> None:
         call(["ip", "netns", "exec", self.switch, "nft", "-f", "-"], check=True, input=text)
+
+
+def _prefixed(address: str) -> str:
+    return f"{address}/{64 if ':' in address else 24}"
 
 
 def _ports(hosts: Collection[int]) -> str:
