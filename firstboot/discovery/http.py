@@ -252,7 +252,8 @@ class Server:
         connection = self._connection = self._connect()
         try:
             connection.request(method, self._parts.path, body, headers)
-            return _answer(connection.getresponse())
+            with connection.getresponse() as response:
+                return _answer(response)
         except HTTPException as error:
             raise Refused(f"this is no web server ({type(error).__name__})") from None
         finally:
