@@ -17,6 +17,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from firstboot.transport import Transport
 from firstboot.userdata import Document
 
 RANK_WITHOUT_PREFERENCE = 1000
+CLOUD_FACTS = {"launch_index", "reservation", "instance_id", "zone", "tag"}
 PUBLISH_AFTER = 0.02  # seconds in which what changes within a stage is told at once
 
 
@@ -118,6 +121,7 @@ class Service:
         listed = [(spec.name, spec.options) for spec in self.document.discovery]
         self._chosen = providers.choose(listed, facts.platform)
         providers.load(name for name, _ in self._chosen)  # meanwhile the disk works
+        facts = await self._with_cloud_facts(facts)
         key, known, voter = await memory
         endpoint = facts.endpoint or Endpoint("127.0.0.1", facts.port)
         self.options = self.document.options_for(facts.matches)
@@ -175,6 +179,21 @@ class Service:
         for task in rest:
             task.cancel()
         return None if self._stopped else look()
+
+    async def _with_cloud_facts(self, known: host.Facts) -> host.Facts:
+        """The facts; with the cloud's, if the document matches by them and cloud-init left none."""
+        machine, wanted = known.machine, self.document
+        if not wanted.matched_by & CLOUD_FACTS or machine.instance_id or not known.platform:
+            return known
+        from firstboot.discovery import imds
+        from firstboot.discovery.aside import aside
+
+        try:
+            asked = await aside(lambda: imds.instance_data(known.platform))
+        except FirstbootError as error:
+            self.journal.say(f"Hosts are matched without the cloud: {error}.", priority=WARNING)
+            return known
+        return replace(known, machine=host.with_cloud(machine, asked))
 
     async def _watch_address(self, known: str) -> None:
         """End this run once the address is to be another one; `run` begins the next."""
@@ -244,6 +263,8 @@ class Service:
             lacks=self._lacks,
             seal=seal.seal,
             unseal=seal.unseal,
+            reservation=facts.machine.reservation,
+            settings=partial(userdata.settings, self.root),
         )
 
         def stranger(kind: str, source: str) -> None:

@@ -83,6 +83,7 @@ THIRD_PARTY = {
     "dns": {"discovery/dns.py"},
     "dbus": {"units.py"},
     "systemd": {"journal.py"},
+    "botocore": {"discovery/ec2.py"},
 }
 
 

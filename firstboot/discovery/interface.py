@@ -24,6 +24,10 @@ def _no_key(data: bytes, about: bytes) -> bytes:
     raise LocalError(f"no key to seal {len(data)} bytes with, about {about!r}")
 
 
+def _no_settings(path: str) -> Any:
+    del path
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a provider may know of this host and its formation; nothing here is a secret.
@@ -33,6 +37,9 @@ class Context:
     cluster and lets hosts in with a one-time token, else empty. `root` is where the host's files
     are, `platform` the cloud this host is on (``ec2``, ``openstack`` or empty), `subnet` the
     network of its address (``10.0.0.0/24``) or empty. `lacks` tells whether hosts are missing.
+    `reservation` is the cloud's id of the launch call that made it, empty if unknown. `settings`
+    reads a YAML file on the host, by its whole path, as plain data: None if it is not there,
+    LocalError if it cannot be read.
     `seal` encrypts a text and binds it to another, public one; only holders of the token can
     `unseal` it, which raises RemoteError if it cannot be.
     """
@@ -46,6 +53,8 @@ class Context:
     subnet: str = ""
     expect: int = 1
     lacks: Callable[[], bool] = _always
+    reservation: str = ""
+    settings: Callable[[str], Any] = _no_settings
     seal: Callable[[bytes, bytes], bytes] = _no_key
     unseal: Callable[[bytes, bytes], bytes] = _no_key
 

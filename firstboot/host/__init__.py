@@ -33,7 +33,7 @@ from firstboot.host.files import (
     use_resolver,
     write_block,
 )
-from firstboot.host.machine import Machine, forget_machine_id, look
+from firstboot.host.machine import Machine, forget_machine_id, look, with_cloud
 from firstboot.host.ports import taken
 from firstboot.host.state import LostState, StateDirectory
 from firstboot.host.status import read_status, write_status
@@ -68,6 +68,7 @@ __all__ = [
     "use_directory",
     "use_resolver",
     "wait_for_address",
+    "with_cloud",
     "write_atomically",
     "write_block",
     "write_durably",

@@ -43,17 +43,20 @@ class Facts:
     def matches(self, wanted: Mapping[str, Any]) -> bool:
         """Whether every key of a match in `election.prefer` or `election.never` fits this host.
 
-        Keys: ``launch_index``, ``mac``, ``hostname`` (whole or its first label), ``address`` (an
-        IP address or a network), ``dmi`` (a mapping of facts) and ``machine_id``. A fact that is
-        not known fits nothing.
+        Keys: ``launch_index``, ``reservation``, ``instance_id``, ``zone``, ``tag`` (a mapping),
+        ``mac``, ``hostname`` (whole or its first label), ``address`` (an IP address or a network),
+        ``dmi`` (a mapping of facts) and ``machine_id``. A fact that is not known fits nothing.
         """
         return bool(wanted) and all(self._fits(key, value) for key, value in wanted.items())
 
     def _fits(self, key: str, value: Any) -> bool:
         if key == "launch_index":
             return self.machine.launch_index is not None and self.machine.launch_index == value
-        if key == "machine_id":
-            return bool(self.machine.machine_id) and self.machine.machine_id == value
+        if key in ("machine_id", "instance_id", "reservation", "zone"):
+            fact = getattr(self.machine, key)
+            return bool(fact) and fact == value
+        if key == "tag":
+            return all(self.machine.tags.get(name) == text for name, text in value.items())
         if key == "dmi":
             return all(self.dmi.get(k, "").lower() == v.lower() for k, v in value.items())
         if key == "mac":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ CLOUDS = {
     },
 }
 _LAUNCH_INDEX_KEYS = ("launch_index", "ami_launch_index")
+# Where EC2's metadata and OpenStack's have them, as cloud-init keeps both.
+_RESERVATION = (("ds", "meta_data", "reservation_id"), ("ds", "ec2_metadata", "reservation_id"))
+_TAGS = (("ds", "meta_data", "tags", "instance"), ("ds", "meta_data", "meta"))
+MAX_TAGS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +42,40 @@ class Machine:
 
     ``machine_id`` is /etc/machine-id (machine-id(5)), ``dmi_uuid`` the firmware's system UUID,
     ``instance_id`` what cloud-init found. ``launch_index`` is the number of this host within one
-    launch call of the cloud, None if unknown.
+    launch call of the cloud, None if unknown; ``reservation`` that call's id. ``zone`` is the
+    availability zone, ``tags`` the instance's tags or metadata. All of these come from the cloud:
+    hints and labels, never an authority.
     """
 
     machine_id: str = ""
     dmi_uuid: str = ""
     instance_id: str = ""
     launch_index: int | None = None
+    reservation: str = ""
+    zone: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 def look(root: Path) -> Machine:
     """The machine whose file system is at `root`; what cannot be read is left empty."""
     machine_id = read_fact(root / "etc/machine-id")
-    data = _instance_data(root)
-    return Machine(
+    bare = Machine(
         # systemd writes "uninitialized" there before the first boot has given it one
         machine_id=machine_id if _MACHINE_ID.match(machine_id) else "",
         dmi_uuid=_dmi_uuid(root),
-        instance_id=_instance_id(data),
+    )
+    return with_cloud(bare, _instance_data(root))
+
+
+def with_cloud(machine: Machine, data: Mapping[str, Any]) -> Machine:
+    """The machine with what cloud-init's instance-data.json, or data of its form, says of it."""
+    return replace(
+        machine,
+        instance_id=_text(data, "v1", "instance_id"),
         launch_index=_launch_index(data),
+        reservation=_first(data, _RESERVATION),
+        zone=_text(data, "v1", "availability_zone"),
+        tags=_tags(data),
     )
 
 
@@ -124,12 +144,26 @@ def _below(data: Any, *names: str) -> Any:
     return data
 
 
-def _instance_id(data: dict[str, Any]) -> str:
-    found = _below(data, "v1", "instance_id")
+def _text(data: Mapping[str, Any], *names: str) -> str:
+    found = _below(data, *names)
     return found[:256] if isinstance(found, str) else ""
 
 
-def _launch_index(data: dict[str, Any]) -> int | None:
+def _first(data: Mapping[str, Any], places: Iterable[tuple[str, ...]]) -> str:
+    return next(filter(None, (_text(data, *place) for place in places)), "")
+
+
+def _tags(data: Mapping[str, Any]) -> dict[str, str]:
+    """EC2's tags, if the instance's metadata has them; OpenStack's metadata of the server."""
+    for place in _TAGS:
+        found = _below(data, *place)
+        if isinstance(found, dict):
+            rows = [(k, v) for k, v in found.items() if isinstance(k, str) and isinstance(v, str)]
+            return {key[:256]: value[:256] for key, value in rows[:MAX_TAGS]}
+    return {}
+
+
+def _launch_index(data: Mapping[str, Any]) -> int | None:
     for key in _LAUNCH_INDEX_KEYS:
         found = _below(data, "ds", "meta_data", key)
         # EC2 has it as text, OpenStack as a number.

@@ -15,7 +15,7 @@ Importing this loads neither yaml nor fastjsonschema; the first use does.
 from firstboot.userdata.carried import parse
 from firstboot.userdata.document import Document, ProviderSpec, seconds
 from firstboot.userdata.kernel import FETCHED, Source, named
-from firstboot.userdata.places import CONFIG, JOIN, explain, find, read_file, written
+from firstboot.userdata.places import CONFIG, JOIN, explain, find, read_file, settings, written
 from firstboot.userdata.reading import dump
 from firstboot.userdata.token import ONE_TIME, Secret, check_token, is_one_time, make_token
 
@@ -38,5 +38,6 @@ __all__ = [
     "parse",
     "read_file",
     "seconds",
+    "settings",
     "written",
 ]

@@ -77,6 +77,12 @@ class Document:
         """Whether the token is a one-time token: the cluster exists, and this host joins it."""
         return is_one_time(self.token.reveal())
 
+    @property
+    def matched_by(self) -> set[str]:
+        """The keys by which this document matches hosts."""
+        matches = (*self.prefer, *self.never, *(match for match, _ in self.labels))
+        return {key for match in matches for key in match}
+
     def require_token(self) -> None:
         """UserError if the token was removed: without it nothing can be formed."""
         if not self.token.reveal():

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 from firstboot.protocol.errors import LocalError, UserError
 from firstboot.userdata.document import Document, make
@@ -108,6 +109,16 @@ def _cloud_init(root: Path) -> tuple[str, Said | None]:
     data = read_file(root / MERGED, name) if _mode(root, ENABLED) else None
     whole = None if data is None else compose(text_of(data, name), name)
     return name, said_by(children(whole).get("firstboot"), name)
+
+
+def settings(root: Path, path: str) -> Any:
+    """Another program's YAML file on this host, as plain data; None where there is none.
+
+    `path` is absolute on the host. UserError for a mistake in it, LocalError for what cannot be
+    read; neither quotes it.
+    """
+    _, said = _load(root, path.lstrip("/"))
+    return None if said is None else said.data
 
 
 def _says_something(merged: bytes) -> bool:

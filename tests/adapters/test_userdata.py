@@ -119,7 +119,8 @@ LINES = {
     "unknown-key-in-match": (
         "election: {never: [{mac: '52:54:00:12:34:56'}, {sex: 1}]}",
         "c.yaml:4:49: unknown key 'sex' in election.never[1]; "
-        "known here: launch_index, mac, hostname, address, dmi, machine_id",
+        "known here: launch_index, reservation, instance_id, zone, tag, mac, hostname, "
+        "address, dmi, machine_id",
     ),
     "unknown-key-like-nothing": (
         "join: {zzz: 1}",
@@ -304,7 +305,8 @@ LINES = {
     ),
     "match-empty": (
         "election: {prefer: [{launch_index: 0}, {}]}",
-        "c.yaml:4:40: election.prefer[1] must be a mapping with launch_index, mac, hostname, "
+        "c.yaml:4:40: election.prefer[1] must be a mapping with launch_index, reservation, "
+        "instance_id, zone, tag, mac, hostname, "
         "address, dmi or machine_id, not an empty mapping; "
         "for example: prefer: [{launch_index: 0}]",
     ),

@@ -9,6 +9,7 @@ asked of the double so far. It ends with its input, so no double outlives its te
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 from tests.clouds.instances import Cloud
@@ -29,11 +30,14 @@ def main() -> None:
     authority = f"{cloud.tls}/ca.pem" if cloud.tls else ""
     print(json.dumps({**double.urls(), "authority": authority}), flush=True)
     for line in sys.stdin:
-        new = json.loads(line)
-        cloud.change(**new)
-        if new.keys() & {"instances", "granted", "role"}:
+        instances, granted = cloud.instances, (cloud.granted, cloud.role)
+        cloud.change(**json.loads(line))
+        if instances != cloud.instances:
             double.build()
+        elif granted != (cloud.granted, cloud.role):
+            double.grant()
         print(json.dumps(double.calls()), flush=True)
+    os._exit(0)  # moto would take seconds to forget its instances
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime
 import io
 import json
+import re
 import secrets
 import socket
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 from moto import settings
 from moto.ec2.models import ec2_backends
+from moto.ec2.utils import filter_dict_attribute_mapping
 from moto.iam.models import iam_backends
 from moto.moto_api._internal.models import moto_api_backend
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -36,6 +38,7 @@ TOKEN_PATH = "/latest/api/token"
 TTL_HEADER = "X-aws-ec2-metadata-token-ttl-seconds"
 TOKEN_HEADER = "X-aws-ec2-metadata-token"
 MAX_TTL = 21600
+VERSION = re.compile(r"latest|20[0-9]{2}-[0-9]{2}-[0-9]{2}")  # all serve the same here
 
 
 class Amazon:
@@ -46,6 +49,7 @@ class Amazon:
         self.rows: list[Any] = []  # moto's instances, as the cloud's
         self.vpc = self.subnet = ""
         self.tokens: dict[str, float] = {}  # and until when they are good
+        filter_dict_attribute_mapping["reservation-id"] = "reservation_id"
         settings.INITIAL_NO_AUTH_ACTION_COUNT = 0
         self.build()
         names = (cloud.api.rpartition(":")[0], f"ec2.{cloud.region}.amazonaws.com", *cloud.names)
@@ -65,6 +69,7 @@ class Amazon:
         """Have moto know exactly the cloud's instances and role."""
         cloud = self.cloud
         moto_api_backend.reset()
+        self.assumed: dict[str, Any] = {}  # by the role's name
         backend = ec2_backends[ACCOUNT][cloud.region]
         vpc = backend.create_vpc("10.77.0.0/16")
         zone = f"{cloud.region}a"
@@ -90,10 +95,12 @@ class Amazon:
                 number: (reservation.id, row)
                 for number, row in zip(members, reservation.instances, strict=True)
             }
+        for reservation, row in found.values():
+            row.reservation_id = reservation  # for the filter that moto lacks
         self.rows = [found[n] for n in range(len(cloud.instances))]
         for instance, (_, row) in zip(cloud.instances, self.rows, strict=True):
             self._shape(instance, row)
-        self._grant()
+        self.grant()
 
     def _shape(self, instance: Instance, row: Any) -> None:
         """moto chooses addresses itself, and gives a launch's instances the same tags."""
@@ -109,30 +116,33 @@ class Amazon:
             backend.attach_network_interface(nic.id, row.id, 1)
             _address(nic, instance.second, "")
 
-    def _grant(self) -> None:
-        """The role, what it may do, and the credentials its instances hold."""
-        iam = iam_backends[ACCOUNT]["aws"]
-        role = iam.create_role(
-            role_name=self.cloud.role or "none",
-            assume_role_policy_document="{}",
-            path="/",
-            permissions_boundary="",
-            description="",
-            tags=[],
-            max_session_duration="3600",
-        )
-        if self.cloud.granted:
-            statement = {"Effect": "Allow", "Action": list(self.cloud.granted), "Resource": "*"}
-            policy = {"Version": "2012-10-17", "Statement": [statement]}
-            iam.put_role_policy(role.name, "granted", json.dumps(policy))
-        self.assumed = sts_backends[ACCOUNT]["aws"].assume_role(
-            region_name=self.cloud.region,
-            role_session_name=self.cloud.region,
-            role_arn=role.arn,
-            policy="",
-            duration=3600,
-            external_id="",
-        )
+    def grant(self) -> None:
+        """The role, what it may do, and the credentials its instances hold: new for a new role."""
+        iam, cloud = iam_backends[ACCOUNT]["aws"], self.cloud
+        name = cloud.role or "none"
+        if name not in self.assumed:
+            role = iam.create_role(
+                role_name=name,
+                assume_role_policy_document="{}",
+                path="/",
+                permissions_boundary="",
+                description="",
+                tags=[],
+                max_session_duration="3600",
+            )
+            self.assumed[name] = sts_backends[ACCOUNT]["aws"].assume_role(
+                region_name=cloud.region,
+                role_session_name=cloud.region,
+                role_arn=role.arn,
+                policy="",
+                duration=3600,
+                external_id="",
+            )
+        # A policy cannot be empty, so one of nothing denies everything.
+        effect = {"Effect": "Allow", "Action": list(cloud.granted)}
+        effect = effect if cloud.granted else {"Effect": "Deny", "Action": ["*"]}
+        policy = {"Version": "2012-10-17", "Statement": [{**effect, "Resource": "*"}]}
+        iam.put_role_policy(name, "granted", json.dumps(policy))
 
     def tree(self, number: int) -> dict[str, Any]:
         """The metadata of an instance."""
@@ -172,20 +182,23 @@ class Amazon:
         tags = {**instance.tags}
         if tags and cloud.metadata_tags:
             data["tags"] = {"instance": tags}
+        given = {"user-data": cloud.user_data} if cloud.user_data else {}
         return {
+            **given,
             "meta-data": data,
             "dynamic": {"instance-identity": {"document": json.dumps(document)}},
         }
 
     def _credentials(self) -> str:
         end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+        assumed = self.assumed[self.cloud.role]
         return json.dumps(
             {
                 "Code": "Success",
                 "Type": "AWS-HMAC",
-                "AccessKeyId": self.assumed.access_key_id,
-                "SecretAccessKey": self.assumed.secret_access_key,
-                "Token": self.assumed.session_token,
+                "AccessKeyId": assumed.access_key_id,
+                "SecretAccessKey": assumed.secret_access_key,
+                "Token": assumed.session_token,
                 "Expiration": end.strftime("%Y-%m-%dT%H:%M:%SZ"),
             }
         )
@@ -237,7 +250,9 @@ class Metadata(Handler):
             return
         number = double.cloud.who(str(self.client_address[0]))
         parts = [part for part in self.path.split("/") if part]
-        found: Any = {"latest": double.tree(number)} if number is not None else {}
+        found: Any = double.tree(number) if number is not None else {}
+        if not parts or not VERSION.fullmatch(parts.pop(0)):
+            found = None
         for part in parts:
             found = found.get(part) if isinstance(found, dict) else None
         if found is None:
@@ -320,5 +335,5 @@ class Api(Handler):
         chunks: Iterable[bytes] = self.double.application(environment, start)
         data = b"".join(chunks)
         status, headers = answered[0]
-        kept = {k: v for k, v in headers if k.lower() not in ("content-length", "connection")}
-        self.answer(int(status.split()[0]), data, **kept)
+        kind = dict(headers).get("Content-Type", "text/xml")
+        self.answer(int(status.split()[0]), data, Content_Type=kind)

@@ -10,6 +10,11 @@ For hosts or machines on a rig's network, at the address clouds have::
 
     at = {"metadata": f"{METADATA}:80", "api": f"{METADATA}:5000"}
     with Double("ec2", on=network, **at, instances=[Instance(network.address(1)), ...]): ...
+
+With `tls` and the API at port 443 a document needs no `endpoint`: hosts then must resolve
+``ec2.eu-west-1.amazonaws.com`` to `METADATA` (/etc/hosts) and trust the authority (append it to
+/etc/ssl/certs/ca-certificates.crt). `user_data` is what cloud-init's own datasources Ec2 and
+OpenStack find there.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ class Cloud:
     `hop_limit` is the IP TTL of token answers, `granted` the actions of the instances' role,
     `page` the most a page may hold. `faults` maps a part (``metadata``, ``api``, ``identity``) to
     what is wrong with it, see `serving.py`. `services` are the types in Keystone's catalogue, and
-    `rules` the paths an application credential may get; None is no limit.
+    `rules` the paths an application credential may get; None is no limit. `user_data` is what
+    cloud-init finds, the same for every instance.
     """
 
     cloud: str
@@ -52,6 +53,7 @@ class Cloud:
     faults: dict[str, str] = field(default_factory=dict)
     services: tuple[str, ...] = ("compute",)
     rules: tuple[str, ...] | None = None
+    user_data: str = ""
     credential: tuple[str, str] = ("firstboot-credential", "firstboot-secret")
 
     def change(self, **new: Any) -> None:

@@ -21,6 +21,7 @@ from tests.clouds.serving import Handler, Server, tls
 PROJECT = digits("project", length=32)
 NETWORK = "private"
 MICROVERSIONS = (1, 90)  # 2.1 to 2.90
+VERSIONS = ("2012-08-10", "2015-10-15", "2018-08-27", "latest")
 SECOND = "%Y-%m-%dT%H:%M:%S.%fZ"
 
 
@@ -44,6 +45,8 @@ class Openstack:
 
     def build(self) -> None:
         """Nothing is kept: everything follows from the cloud."""
+
+    grant = build
 
     def uuid(self, number: int) -> str:
         """A server's id."""
@@ -129,10 +132,13 @@ class Metadata(Handler):
             "placement/availability-zone": "nova",
             "reservation-id": double.reservation(number),
         }
+        version, _, name = self.path.removeprefix("/openstack/").partition("/")
         if self.path in ("/openstack", "/openstack/"):
-            self.answer(200, "2012-08-10\n2018-08-27\nlatest")
-        elif self.path == "/openstack/latest/meta_data.json":
+            self.answer(200, "\n".join(VERSIONS))
+        elif version in VERSIONS and name == "meta_data.json":
             self.json(200, self._file(number))
+        elif version in VERSIONS and name == "user_data" and double.cloud.user_data:
+            self.answer(200, double.cloud.user_data)
         elif self.path.removeprefix("/latest/meta-data/") in amazon:
             self.answer(200, amazon[self.path.removeprefix("/latest/meta-data/")])
         else:
