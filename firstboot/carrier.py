@@ -55,7 +55,7 @@ class Carrier:
             case events.MakeAuthority():
                 return self._make_authority(action.epoch)
             case events.DropAuthority():
-                return self._drop_authority(action.epoch)
+                return self._drop_authority(action)
             case events.MakeRequest():
                 return self._make_request()
             case events.Sign():
@@ -87,11 +87,12 @@ class Carrier:
             return events.PersistFailed(0, str(error))
         return events.AuthorityMade(epoch, pki.fingerprint(made_before.certificate))
 
-    def _drop_authority(self, epoch: int) -> events.Event | None:
+    def _drop_authority(self, action: events.DropAuthority) -> events.Event | None:
         try:
-            for old in range(1, epoch + 1):
-                self.directory.drop(f"authority/{old}.json")
-            self.directory.drop_issued(epoch)
+            for old in range(1, action.epoch + 1):
+                if old != action.kept:
+                    self.directory.drop(f"authority/{old}.json")
+            self.directory.drop_issued(action.epoch, action.kept)
         except FirstbootError as error:
             return events.PersistFailed(0, str(error))
         return None

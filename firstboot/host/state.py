@@ -223,9 +223,9 @@ class StateDirectory:
         path = self._issued / f"{epoch}-{node_id}.json"
         return self._read_entry(path) if path.exists() else None
 
-    def drop_issued(self, until_epoch: int) -> int:
-        """Forget what was issued in that epoch and before it; answer how many entries."""
-        doomed = [p for p in self._entries() if _epoch(p) <= until_epoch]
+    def drop_issued(self, until_epoch: int, kept: int = 0) -> int:
+        """Forget what was issued until that epoch, but in `kept`; answer how many entries."""
+        doomed = [p for p in self._entries() if _epoch(p) <= until_epoch and _epoch(p) != kept]
         with storage(f"drop entries in {self._issued}"):
             for path in doomed:
                 path.unlink()

@@ -269,9 +269,13 @@ class MakeAuthority:
 
 @dataclass(frozen=True, slots=True)
 class DropAuthority:
-    """Destroy the cluster CA of that epoch and every earlier one, and what they signed."""
+    """Destroy the cluster CA of that epoch and every earlier one, and what they signed.
+
+    But not that of the epoch `kept`; 0 is none.
+    """
 
     epoch: int
+    kept: int = 0
 
 
 @dataclass(frozen=True, slots=True)

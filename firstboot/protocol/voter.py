@@ -216,8 +216,12 @@ class Voter(Situation):
     def _on_authority(self, event: events.AuthorityMade) -> None:
         self._authority_asked = 0
         value = self.decided
-        if value is not None and not self.founder and event.epoch <= self._stale_until(value):
-            # Made for a round that another host has won meanwhile.
+        if value is not None and (
+            event.epoch <= self._stale_until(value)
+            if not value.active
+            else event.epoch != self._kept
+        ):
+            # Made for a round that was won meanwhile, by another host or in an earlier epoch.
             self._store(lambda: self._drop_authority(event.epoch))
             return
 
@@ -271,10 +275,12 @@ class Voter(Situation):
             self.master_heard = self.now
             self._forget_enrolment()
         stale = self._stale_until(value)
-        self.journal = {k: i for k, i in self.journal.items() if k[0] > stale}
+        kept = self._kept_of(value)
+        self.journal = {k: i for k, i in self.journal.items() if k[0] > stale or k[0] == kept}
         self.roster = self._roster(value.epoch)
         if 0 < self.stored.authority_epoch <= stale:
-            changes |= {"authority_epoch": 0, "authority_fingerprint": ""}
+            fingerprint = value.fingerprint if kept else ""
+            changes |= {"authority_epoch": kept, "authority_fingerprint": fingerprint}
         self.round = None
         acts = value.active and value.founder.node_id == self.me.node_id
         changes["activated"] = self.stored.activated or acts
@@ -305,13 +311,21 @@ class Voter(Situation):
 
     def _drop_authority(self, epoch: int) -> None:
         self._dropped = max(self._dropped, epoch)  # asked again should the disk fail
-        self._actions.append(events.DropAuthority(self._dropped))
+        self._actions.append(events.DropAuthority(self._dropped, self._kept))
+
+    def _kept_of(self, value: Value) -> int:
+        """The epoch of the one cluster CA this host must keep once `value` is chosen, or 0."""
+        return value.epoch if value.founder.node_id == self.me.node_id else 0
+
+    @property
+    def _kept(self) -> int:
+        return self._kept_of(self.decided) if self.decided is not None else 0
 
     def _stale_until(self, value: Value) -> int:
-        """The epoch up to which any cluster CA of this host's is void, once `value` is chosen."""
-        if value.founder.node_id == self.me.node_id:
-            return value.epoch - 1
-        return max(value.epoch, self.stored.authority_epoch) if value.active else value.epoch
+        """The epoch up to which any other cluster CA of this host's is void, with that value."""
+        # ACTIVE is last: what was made for a later epoch is void as well.
+        last = max(value.epoch, self.stored.authority_epoch) if value.active else value.epoch
+        return last - 1 if last == self._kept_of(value) else last
 
     def _activate_when_enrolled(self, value: Value) -> None:
         if not self.enrolled or self.now < self._yield_until + self._backoff:

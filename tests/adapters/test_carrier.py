@@ -219,6 +219,17 @@ def test_a_dropped_authority_is_gone_with_all_before_it_and_what_they_signed(
     assert carrier.on_disk(events.DropAuthority(2)) is None  # nothing left to do
 
 
+def test_the_authority_that_is_kept_outlives_a_later_one(carrier: Carrier) -> None:
+    """A master that would have replaced itself made another, which nobody needs any more."""
+    prints = {epoch: authority_made(carrier, epoch) for epoch in (1, 2)}
+    for epoch in prints:
+        signed(carrier, asked(epoch=epoch))
+    assert carrier.on_disk(events.DropAuthority(2, kept=1)) is None
+    left = [name for name in files(carrier) if "authority" in name or "issued" in name]
+    assert sorted(left) == [f"issued/1-{PEER}.json", "secrets/authority/1.json"]
+    assert authority_made(carrier, 1) == prints[1]
+
+
 def test_an_authority_that_cannot_be_dropped_is_told(
     carrier: Carrier, breaks: Callable[..., None]
 ) -> None:

@@ -147,11 +147,11 @@ class Conduct:
                 self.must(done, "I7: certificates were handed out before they were journalled")
 
     def dropped(self, host: Host, epoch: int) -> None:
-        """I6: no CA is destroyed up to that epoch before it is on disk that it is void."""
+        """I6: no CA is destroyed before it is on disk that it is void."""
         value = host.disk.stored.decided
         void = value is not None and (value.active or epoch <= value.epoch)
         if value is not None and value.founder.node_id == host.node_id:
-            void = epoch < value.epoch
+            void = epoch != value.epoch if value.active else epoch < value.epoch
         self.must(void, "I6: a CA was dropped before its loss was on disk")
 
     def answered(self, host: Host, entry: Issued) -> None:

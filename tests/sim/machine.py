@@ -285,7 +285,7 @@ class Host:
             case events.MakeAuthority():
                 self._on_disk(lambda: self._authority(action.epoch))
             case events.DropAuthority():
-                self._on_disk(lambda: self._drop_authority(action.epoch))
+                self._on_disk(lambda: self._drop_authority(action))
             case events.MakeRequest():
                 self._on_disk(self._request)
             case events.Sign():
@@ -377,14 +377,14 @@ class Host:
             self.world.witness.authority_made(self, epoch)
         self.feed(events.AuthorityMade(epoch, self.disk.authorities[epoch]))
 
-    def _drop_authority(self, epoch: int) -> None:
+    def _drop_authority(self, action: events.DropAuthority) -> None:
         if self._fails():
             self.feed(events.PersistFailed(0, NO_SPACE))
             return
-        self.world.witness.dropped(self, epoch)
-        for old in [e for e in self.disk.authorities if e <= epoch]:
+        for old in [e for e in self.disk.authorities if e <= action.epoch and e != action.kept]:
+            self.world.witness.dropped(self, old)
             del self.disk.authorities[old]
-        for where in [w for w in self.disk.issued if w[0] <= epoch]:
+        for where in [w for w in self.disk.issued if w[0] <= action.epoch and w[0] != action.kept]:
             del self.disk.issued[where]
 
     def _sign(self, action: events.Sign) -> None:

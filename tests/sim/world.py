@@ -264,6 +264,7 @@ class World:
         connection = next(self._order)
         channel = action.channel
         self.witness.opened(target, channel)
+        old = source.channels.get((target.node_id, channel))
         source.channels[target.node_id, channel] = connection, target
         there = events.Connected(target.node_id, channel, action.endpoint, target.endpoint.host)
         source.later(0.0, there)
@@ -271,6 +272,8 @@ class World:
             return
         if self.chance("half open", self.faults.half_open):
             self.after(DEAD_AFTER, self._notice, source, target, channel, connection)
+            if old is not None:  # it hangs up on the one that this replaces
+                self.after(self.delay(), self._notice, target, source, channel, old[0])
             return
         target.channels[source.node_id, channel] = connection, source
         here = events.Connected(source.node_id, channel, None, source.endpoint.host)
