@@ -45,18 +45,18 @@ def aside(call: Callable[[], T]) -> asyncio.Future[T]:
 class Question(Generic[T]):
     """One blocking call that is asked again and again, but never twice at a time."""
 
-    def __init__(self, call: Callable[[], T], seconds: float) -> None:
-        self._call, self._seconds = call, seconds
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
         self._asking: asyncio.Future[T] | None = None
 
-    async def ask(self) -> T:
+    async def ask(self, seconds: float) -> T:
         """The call's result; TimeoutError after `seconds`, with the call perhaps still under way.
 
         In that case the next `ask` waits for that same call.
         """
         if self._asking is None:
             self._asking = aside(self._call)
-        done, _ = await asyncio.wait({self._asking}, timeout=self._seconds)
+        done, _ = await asyncio.wait({self._asking}, timeout=seconds)
         if not done:
             raise TimeoutError
         asked, self._asking = self._asking, None

@@ -38,8 +38,8 @@ class Name:
         self.name, self.error, self.without_srv = name, "", False
         self._room = room
         self.found: dict[Endpoint, None] = {}
-        self._hosts = Question(lambda: _addresses(name, port), SECONDS)
-        self._service = Question(lambda: _service(f"{SERVICE}.{name}"), SECONDS)
+        self._hosts = Question(lambda: _addresses(name, port))
+        self._service = Question(lambda: _service(f"{SERVICE}.{name}"))
         self._ask_service_at = 0.0  # monotonic seconds
         self._targets: dict[tuple[str, int], Question[list[Endpoint]]] = {}
 
@@ -55,7 +55,7 @@ class Name:
     async def _of(self, question: Question[list[Endpoint]]) -> tuple[list[Endpoint], str]:
         try:
             async with self._room:
-                return await question.ask(), ""
+                return await question.ask(SECONDS), ""
         except TimeoutError:
             return [], "the DNS does not answer"
         except OSError as error:
@@ -67,7 +67,7 @@ class Name:
         wrong = ""
         if time.monotonic() >= self._ask_service_at and not self.without_srv:
             try:
-                ttl, targets = await self._service.ask()
+                ttl, targets = await self._service.ask(SECONDS)
             except ImportError:
                 self.without_srv = True
                 return [], "not asked, as dnspython is not in this image"
@@ -87,7 +87,7 @@ class Name:
     def _use(self, targets: tuple[tuple[str, int], ...]) -> None:
         known = self._targets
         self._targets = {
-            key: known.get(key) or Question(partial(_addresses, *key), SECONDS) for key in targets
+            key: known.get(key) or Question(partial(_addresses, *key)) for key in targets
         }
 
 

@@ -74,7 +74,7 @@ class Http:
     def __init__(self, options: Mapping[str, Any], context: Context) -> None:
         self._context = context
         self._server = Server(options, context.root)
-        self._question = Question(self._exchange, ALL_SECONDS)
+        self._question = Question(self._exchange)
         self._own: Endpoint | None = None
         self._found: Found | None = None
         self._others: dict[Endpoint, None] = {}
@@ -116,7 +116,7 @@ class Http:
     async def _look(self) -> None:
         error = remedy = ""
         try:
-            self._others = dict.fromkeys(await self._question.ask())
+            self._others = dict.fromkeys(await self._question.ask(ALL_SECONDS))
         except TimeoutError:
             self._server.hang_up()
             error, remedy = "no answer in time", self._way()

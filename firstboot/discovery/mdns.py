@@ -216,7 +216,7 @@ class Mdns:
         if not error and self._rounds > 1 and self._sieve and not self._sieve.hears_itself:
             error = "this host does not hear its own multicast; does a firewall block UDP 5353?"
             remedy = f"Open UDP 5353 to {group} in this host's firewall."
-        elif not error and not found and self._rounds >= QUIET_ROUNDS:
+        elif not error and not found and self._rounds >= QUIET_ROUNDS and self._context.lacks():
             error = "nobody answers"
             remedy = (
                 f"Open UDP 5353 to {group} between the hosts, on one link; most clouds carry no"

@@ -7,8 +7,10 @@ import ipaddress
 import re
 import socket
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from firstboot.discovery.aside import Question
 from firstboot.discovery.interface import Context, Found, ProviderReport, Stranger
 from firstboot.protocol.errors import UserError
 from firstboot.protocol.model import Endpoint
@@ -35,6 +37,7 @@ class Static:
         entries = [a if isinstance(a, Endpoint) else parse(a) for a in listed]
         self._addresses = [a for a in entries if isinstance(a, Endpoint)]
         self._names = [a for a in entries if not isinstance(a, Endpoint)]
+        self._questions = {name: Question(partial(_resolve, *name)) for name in self._names}
         self._named: set[Endpoint] = set()
         self._errors: dict[str, str] = {}
         self._own: Endpoint | None = None
@@ -59,7 +62,9 @@ class Static:
         """How many addresses were named, and which names did not resolve."""
         listed = len(self._addresses) + len(self._names)
         errors = "; ".join(self._errors.values())
-        return ProviderReport(self.name, len(self._named), errors, f"{listed} listed")
+        remedy = "Correct the name, or let this host reach its DNS server: UDP and TCP 53."
+        detail = f"{listed} listed"
+        return ProviderReport(self.name, len(self._named), errors, detail, remedy if errors else "")
 
     def _name(self, endpoints: Sequence[Endpoint]) -> None:
         for endpoint in endpoints:
@@ -68,11 +73,8 @@ class Static:
                 self._found(endpoint)
 
     async def _resolve(self, host: str, port: int) -> None:
-        loop = asyncio.get_running_loop()
-        # getaddrinfo(3) blocks, for as long as resolv.conf says: the thread may outlive the wait.
-        asking = loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         try:
-            rows = await asyncio.wait_for(asking, RESOLVE_SECONDS)
+            rows = await self._questions[host, port].ask(RESOLVE_SECONDS)
         except TimeoutError:
             self._errors[host] = f"{host}: the DNS does not answer"
             return
@@ -81,8 +83,13 @@ class Static:
             self._errors[host] = f"{host}: {reason}"
             return
         self._errors.pop(host, None)
-        hosts = dict.fromkeys(str(row[4][0]) for row in rows)
-        self._name([Endpoint(found, port) for found in list(hosts)[:MAX_PER_NAME]])
+        self._name([Endpoint(found, port) for found in rows])
+
+
+def _resolve(host: str, port: int) -> list[str]:
+    """The addresses of a name (getaddrinfo(3)), which blocks for as long as resolv.conf says."""
+    rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(row[4][0]) for row in rows))[:MAX_PER_NAME]
 
 
 def parse(text: str) -> Endpoint | tuple[str, int]:

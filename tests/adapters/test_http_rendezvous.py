@@ -288,7 +288,7 @@ def test_a_server_that_drips_is_left(
 
     server.fault = fault
     host = One(server, 1)
-    monkeypatch.setattr(host.provider._question, "_seconds", 0.3)
+    monkeypatch.setattr(http, "ALL_SECONDS", 0.3)
     told = report(host)
     assert (told.error, told.remedy) == (
         "no answer in time",
@@ -315,7 +315,6 @@ def test_nobody_there_and_no_web_server(server: RendezvousServer) -> None:
         mail = One(server, 1, url=f"http://127.0.0.1:{other.getsockname()[1]}/demo")
         assert report(mail).error == "this is no web server (BadStatusLine)"
         thread.join()
-    assert "no such name" not in report(One(server, 1, url="http://x.invalid/demo")).error
 
 
 def test_an_empty_rendezvous_is_told_after_a_while(server: RendezvousServer) -> None:

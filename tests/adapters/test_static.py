@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from typing import Any
 
 import pytest
@@ -72,13 +73,14 @@ def test_names_are_resolved_at_each_announcement(monkeypatch: pytest.MonkeyPatch
         "down": socket.gaierror(-2, "unknown"),
     }
 
-    async def getaddrinfo(host: str, port: int, *, type: int) -> list[Any]:
+    def getaddrinfo(host: str, port: int, *, type: int) -> list[Any]:
         if isinstance(answers[host], Exception):
             raise answers[host]
         return [(0, type, 0, "", (address, port)) for address in answers[host]]
 
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
     async def run() -> None:
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
         found: list[Endpoint] = []
         provider = Static({"addresses": ["up:8000", "down:8000"]}, CONTEXT)
         await provider.start(OWN, found.append, no_stranger)
@@ -95,18 +97,26 @@ def test_names_are_resolved_at_each_announcement(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_dns_that_never_answers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def getaddrinfo(host: str, port: int, *, type: int) -> list[Any]:
-        await asyncio.Event().wait()
+    asked, forever = [], threading.Event()
+
+    def getaddrinfo(host: str, port: int, *, type: int) -> list[Any]:
+        asked.append(host)
+        forever.wait(30)
         return []
 
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(static, "RESOLVE_SECONDS", 0.01)
+
     async def run() -> None:
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
-        monkeypatch.setattr(static, "RESOLVE_SECONDS", 0.01)
         provider = Static({"addresses": ["slow", "10.0.0.2"]}, CONTEXT)
         found: list[Endpoint] = []
         await provider.start(OWN, found.append, no_stranger)
         await provider.announce()
         assert found == [Endpoint("10.0.0.2", 7443)] * 2
+        assert provider.report().remedy
         assert provider.report().error == "slow: the DNS does not answer"
+        await provider.announce()
 
     asyncio.run(run())
+    assert asked == ["slow"]  # not again while the first question is under way
+    forever.set()

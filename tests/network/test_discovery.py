@@ -60,6 +60,23 @@ def test_names_in_the_dns(tmp_path: Path) -> None:
         formed(hosts, "dns")
 
 
+def test_ipv6_addresses_in_the_dns(tmp_path: Path) -> None:
+    text = listed(3, "[{dns: nodes.example.org}]", network="{cidr: 'fd77::/64'}")
+    with Hosts(3, tmp_path, text) as hosts:
+        hosts.network.no_multicast()
+        own = {n: f"fd77::{n}" for n in hosts.network.hosts}
+        for n, address in own.items():
+            hosts.network.run(n, *f"ip addr add {address}/64 dev eth0 nodad".split())
+        conf = dns_server(
+            hosts.network, tmp_path, *(f"--host-record=nodes.example.org,{a}" for a in own.values())
+        )
+        for host in hosts.all:
+            resolves_by(host, conf)
+        hosts.start()
+        formed(hosts, "dns")
+        assert {h.status["address"] for h in hosts.all} == set(own.values())
+
+
 def test_two_subnets_joined_by_a_router(tmp_path: Path) -> None:
     with Hosts(3, tmp_path, listed(3, "[auto, {dns: nodes.example.org}]")) as hosts:
         behind = hosts.network.behind_a_router(3)
@@ -91,18 +108,31 @@ def test_a_file_on_a_web_server(tmp_path: Path) -> None:
 NOTHING = """[auto, {static: [10.77.0.99, gone.example.org]}, {dns: nodes.example.org},
   {ec2: {tag: {cluster: demo}}}, {openstack: {metadata: {cluster: demo}}},
   {http: {url: 'http://10.77.0.1:8080/demo'}}]"""
+# What each must say: what it tried, why that failed, and what to open or to grant.
+SAYS = {
+    "mdns": ("asked 224.0.0.251 from 10.77.0.11", "nobody answers", "Open UDP 5353"),
+    "sweep": ("253 addresses of 10.77.0.0/24 tried", "no host listens", "Open TCP 7443"),
+    "static": ("2 listed", "gone.example.org: the DNS does not answer", "UDP and TCP 53"),
+    "dns": ("A and AAAA of nodes.example.org", "the DNS does not answer", "UDP and TCP 53"),
+    "ec2": ("", "", ""),
+    "openstack": ("", "", ""),
+    "http": ("GET and PUT http://10.77.0.1:8080/demo", "connection refused", "10.77.0.1:8080"),
+}
 
 
 def test_a_host_that_finds_nobody_says_what_it_tried_and_what_to_open(tmp_path: Path) -> None:
     with Hosts(1, tmp_path, listed(3, NOTHING)) as hosts:
         hosts.network.no_multicast()
+        silent = "import socket, time; s = socket.socket(2, 2); s.bind(('10.77.0.1', 53))"
+        hosts.network.serve(sys.executable, "-c", f"{silent}; time.sleep(999)")
         conf = tmp_path / "resolv.conf"
-        conf.write_text("nameserver 10.77.0.1\noptions timeout:1 attempts:1\n")
+        conf.write_text("nameserver 10.77.0.1\noptions timeout:30 attempts:5\n")
         resolves_by(hosts[1], conf)
         hosts.start()
 
         def all_failed() -> bool:
-            return all(p["error"] for p in hosts[1].status.get("providers", [{"error": ""}]))
+            told = hosts[1].status.get("providers", [])
+            return len(told) == len(SAYS) and all(p["error"] and p["remedy"] for p in told)
 
         wait_until(all_failed, 120, "every provider has failed")
         argv = [sys.executable, "-m", "firstboot", "status", "--root", str(tmp_path / "h1")]
@@ -110,7 +140,13 @@ def test_a_host_that_finds_nobody_says_what_it_tried_and_what_to_open(tmp_path: 
         assert done.returncode == 2
         lines = done.stdout.splitlines()
         assert len(lines) < 25, done.stdout
-        print(done.stdout)
-        shown = [n for n, line in enumerate(lines) if line.startswith("  discovery ")]
-        names = ["mdns", "sweep", "static", "dns", "ec2", "openstack", "http"]
-        assert [lines[n].split()[1].rstrip(":") for n in shown] == names
+        for name, (tried, why, remedy) in SAYS.items():
+            at = next(n for n, s in enumerate(lines) if s.startswith(f"  discovery  {name}: "))
+            assert tried in lines[at], done.stdout
+            assert why in lines[at], done.stdout
+            assert remedy in lines[at + 1], done.stdout
+        # Names that are still being looked up, for minutes, do not keep it from ending.
+        process = hosts[1].process
+        assert process is not None
+        process.terminate()
+        process.wait(30)
