@@ -35,6 +35,7 @@ AS_MADE: dict[str, Any] = {
     "faults": {},
     "services": ["volumev3", "compute"],
     "rules": None,
+    "elsewhere": ["elsewhere"],
     "page": 1000,
     "token_seconds": 3600.0,
 }
@@ -240,6 +241,8 @@ def test_the_region_must_be_clear(cloud: Double, tmp_path: Path) -> None:
     clouds_yaml(tmp_path, cloud.urls["api"])
     report = look(provider(cloud, tmp_path))[1]
     assert report.error == "Nova is in several regions: elsewhere, eu-west-1"
+    cloud.tell(elsewhere=[])
+    assert look(provider(cloud, tmp_path))[0] == ["10.77.0.13"]
 
 
 def test_may_not_list(cloud: Double, tmp_path: Path) -> None:

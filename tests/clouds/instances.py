@@ -32,8 +32,8 @@ class Cloud:
     is HTTPS with a certificate for its address and `names`, of the authority ``ca.pem`` there.
     `hop_limit` is the IP TTL of token answers, `granted` the actions of the instances' role,
     `page` the most a page may hold. `faults` maps a part (``metadata``, ``api``, ``identity``) to
-    what is wrong with it, see `serving.py`. `services` are the types in Keystone's catalogue, and
-    `rules` the paths an application credential may get; None is no limit. `user_data` is what
+    what is wrong with it, see `serving.py`. `services` are the types in Keystone's catalogue,
+    `elsewhere` further regions it has them in, and `rules` the paths an application credential may get; None is no limit. `user_data` is what
     cloud-init finds, the same for every instance.
     """
 
@@ -52,6 +52,7 @@ class Cloud:
     page: int = 1000
     faults: dict[str, str] = field(default_factory=dict)
     services: tuple[str, ...] = ("compute",)
+    elsewhere: tuple[str, ...] = ()
     rules: tuple[str, ...] | None = None
     user_data: str = ""
     credential: tuple[str, str] = ("firstboot-credential", "firstboot-secret")

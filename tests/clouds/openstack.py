@@ -212,7 +212,7 @@ class Api(Handler):
                         "region_id": region,
                         "url": f"{base}/{kind}/v2.1" if region == cloud.region else "http://0/",
                     }
-                    for region in ("elsewhere", cloud.region)
+                    for region in (*cloud.elsewhere, cloud.region)
                     for interface in ("admin", "internal", "public")
                 ],
             }
