@@ -1,4 +1,4 @@
-"""What the cloud says of a host: ranks and labels, from cloud-init's file or the metadata service."""
+"""What the cloud says of a host, for ranks and labels: both spellings, and strange ones."""
 
 from __future__ import annotations
 

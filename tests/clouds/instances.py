@@ -33,8 +33,8 @@ class Cloud:
     `hop_limit` is the IP TTL of token answers, `granted` the actions of the instances' role,
     `page` the most a page may hold. `faults` maps a part (``metadata``, ``api``, ``identity``) to
     what is wrong with it, see `serving.py`. `services` are the types in Keystone's catalogue,
-    `elsewhere` further regions it has them in, and `rules` the paths an application credential may get; None is no limit. `user_data` is what
-    cloud-init finds, the same for every instance.
+    `elsewhere` further regions it has them in, and `rules` the paths an application credential
+    may get; None is no limit. `user_data` is what cloud-init finds, the same for every instance.
     """
 
     cloud: str
