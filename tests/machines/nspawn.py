@@ -22,13 +22,16 @@ from pathlib import Path
 REBOOTED = 133  # nspawn's exit status when the machine asks for a reboot and there is no unit
 
 # $1 image layers, $2 the machine's directory, $3 number of cgroups, then these, then the command.
-_LAUNCH = """
+_ENTER = """
 layers=$1 directory=$2 groups=$3; shift 3
 while [ "$groups" -gt 0 ]; do echo $$ >"$1/cgroup.procs"; shift; groups=$((groups - 1)); done
+"""
+# What a boot loader and an initramfs do: have the root file system at $directory/root.
+OVERLAY = """
 mount -t overlay overlay "$directory/root" \
     -o "lowerdir=$layers,upperdir=$directory/disk,workdir=$directory/work"
-exec "$@"
 """
+SEED = "/var/lib/cloud/seed/nocloud-net"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class Hardware:
     binds: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     words: Sequence[str] = ()  # the kernel's command line, as far as a container has one
+    loader: str = OVERLAY
+    seed_at: str = SEED
 
     @property
     def console(self) -> Path:
@@ -153,7 +158,8 @@ def _command(hardware: Hardware) -> list[str]:
         (hardware.directory / name).mkdir(exist_ok=True)
     layers = ":".join(map(str, hardware.layers))
     groups = [str(group) for group in hardware.cgroups]
-    launch = ["unshare", "--mount", "--propagation", "private", "sh", "-euc", _LAUNCH, "launch"]
+    launch = ["unshare", "--mount", "--propagation", "private", "sh", "-euc"]
+    launch += [f'{_ENTER}{hardware.loader}exec "$@"', "launch"]
     nspawn = [
         "systemd-nspawn",
         "--quiet",
@@ -163,7 +169,7 @@ def _command(hardware: Hardware) -> list[str]:
         f"--hostname={hardware.hostname}",
         f"--uuid={hardware.uuid}",
         f"--network-namespace-path={hardware.namespace}",
-        f"--bind-ro={hardware.seed}:/var/lib/cloud/seed/nocloud-net",
+        f"--bind-ro={hardware.seed}:{hardware.seed_at}",
         *(f"--bind-ro={bind}" for bind in hardware.binds),
         "--notify-ready=yes",
         "--console=read-only",

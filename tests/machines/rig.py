@@ -22,6 +22,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -221,7 +222,8 @@ class Rig:
     `overrides` gives single machines another user-data. `image` is the file `layers` that
     tests/machines/image wrote. `binds` are nspawn's ``SOURCE:TARGET``, read-only; `environment` is
     nspawn's own. `words` are the kernel's arguments: systemd and cloud-init read them from
-    /proc/1/cmdline in a container.
+    /proc/1/cmdline in a container. `disk` is told a machine's directory, makes what it boots from there, and answers
+    what of its `Hardware` is different for that.
     """
 
     live: ClassVar[list[Rig]] = []
@@ -236,11 +238,13 @@ class Rig:
         binds: tuple[str, ...] = (),
         environment: Mapping[str, str] | None = None,
         words: tuple[str, ...] = (),
+        disk: Callable[[Path], Mapping[str, Any]] | None = None,
     ) -> None:
         if not image.exists():
             raise FileNotFoundError(f"{image} is missing: run `make image` as root")
         self._layers = [Path(line) for line in image.read_text().splitlines()]
         self._binds, self._environment, self._words = binds, environment or {}, words
+        self._disk = disk or (lambda _: {})
         self.run = Run()
         try:
             _raise_inotify(self.run)
@@ -333,6 +337,7 @@ class Rig:
             environment=self._environment,
             words=self._words,
         )
+        hardware = replace(hardware, **self._disk(directory))
         machine = Machine(number, hardware, self.network.address(number))
         _write_seed(hardware.seed, user_data)
         return machine

@@ -99,6 +99,9 @@ def remove(prefix: str) -> None:
         for trace in traces.glob(f"{prefix}-*"):
             shutil.rmtree(trace, ignore_errors=True)
     shutil.rmtree(RUNS / prefix, ignore_errors=True)
+    if (RUNS / prefix).exists():  # ostree makes deployments immutable
+        subprocess.run(["chattr", "-R", "-f", "-i", RUNS / prefix], check=False)
+        shutil.rmtree(RUNS / prefix, ignore_errors=True)
 
 
 def cgroups(name: str) -> list[Path]:
