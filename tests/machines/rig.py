@@ -222,8 +222,8 @@ class Rig:
     `overrides` gives single machines another user-data. `image` is the file `layers` that
     tests/machines/image wrote. `binds` are nspawn's ``SOURCE:TARGET``, read-only; `environment` is
     nspawn's own. `words` are the kernel's arguments: systemd and cloud-init read them from
-    /proc/1/cmdline in a container. `disk` is told a machine's directory, makes what it boots from there, and answers
-    what of its `Hardware` is different for that.
+    /proc/1/cmdline in a container. `disk` is told a machine's directory, makes what it boots from
+    there, and answers what of its `Hardware` is different for that.
     """
 
     live: ClassVar[list[Rig]] = []
