@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from firstboot import host
+from firstboot.greeting import greet
 from firstboot.journal import WARNING, Journal
 from firstboot.protocol.errors import FirstbootError
 
@@ -59,6 +60,8 @@ def _look(root: Path, journal: Journal) -> None:
     now: dict[str, Any] = {**before, "problems": found, "exposed": exposed}
     if found != before.get("problems"):
         now["state"] = state
+    if before:
+        greet(root, now)
     if before and now != before:
         _tell(root, directory, now, before, journal)
 

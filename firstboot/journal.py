@@ -9,7 +9,8 @@ from typing import IO, Any
 PREFIX = "firstboot: "
 IDENTIFIER = "firstboot"
 WARNING, NOTICE = 4, 5  # syslog(3)
-# Fixed ids, so that other programs can find these entries (journalctl MESSAGE_ID=...).
+# Fixed ids, so that other programs can find these entries (journalctl MESSAGE_ID=...), and
+# `journalctl -x` explains them: firstboot.catalog has them too.
 MESSAGE_IDS = {
     "stage": "6f1d2a0c51f74b4db9a3b1c1d57a0e11",
     "progress": "6f1d2a0c51f74b4db9a3b1c1d57a0e12",

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from firstboot import host
+from firstboot import greeting, host
 from firstboot.discovery.interface import Provider, ProviderReport, opening
 from firstboot.journal import Journal
 from firstboot.protocol import status
@@ -66,6 +66,7 @@ class Publisher:
         self._root, self._journal = root, journal
         self.platform = ""  # the cloud this host is on, for remedies
         self.shown: dict[str, Any] = {}
+        self._greeted: str | None = None
         self._timeline: list[dict[str, Any]] = []
         self._seen: set[str] = set()
         self._since = time.time()
@@ -156,6 +157,10 @@ class Publisher:
     def _tell(self, now: dict[str, Any], before: dict[str, Any]) -> None:
         with suppress(FirstbootError):  # a full /run must stop neither host nor journal
             host.write_status(self._root, now)
+        told = greeting.greeting(now)
+        if told != self._greeted:
+            self._greeted = told
+            greeting.greet(self._root, now)
         self._journal.report(now, before)
 
 

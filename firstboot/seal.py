@@ -11,8 +11,10 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from firstboot import host, scrub, units, userdata
+from firstboot.greeting import greet
 from firstboot.payloads.rows import PAYLOADS
 from firstboot.protocol.errors import FirstbootError, LocalError, UserError
 from firstboot.protocol.model import Register
@@ -38,6 +40,13 @@ NEXT = (
     " state, goes with `cloud-init clean --logs`. Then power it off and make the image of its disk;"
     " booted again, it is a new host itself."
 )
+_SEALED: dict[str, Any] = {
+    "stage": "unconfigured",
+    "state": "unconfigured",
+    "sentence": "This machine is sealed: power it off and make the image of its disk.",
+    "hint": "",
+    "problems": [],
+}
 Say = Callable[[str], None]
 
 
@@ -63,7 +72,8 @@ def seal(root: Path, *, force: bool, say: Say) -> None:
     finish(root, mark, say)
     if _live(root):
         units.Systemd().enable(UNIT)
-        host.write_status(root, _sealed())
+        host.write_status(root, _SEALED)
+        greet(root, _SEALED)
     say(NEXT)
 
 
@@ -136,7 +146,7 @@ def _payload(root: Path) -> str:
     return document.config.payload
 
 
-def _read(mark: bytes) -> dict[str, object]:
+def _read(mark: bytes) -> dict[str, Any]:
     try:
         found = json.loads(mark)
     except ValueError:
@@ -146,16 +156,6 @@ def _read(mark: bytes) -> dict[str, object]:
 
 def _live(root: Path) -> bool:
     return root == Path("/") and Path("/run/systemd/system").is_dir()
-
-
-def _sealed() -> dict[str, object]:
-    return {
-        "stage": "unconfigured",
-        "state": "unconfigured",
-        "sentence": "This machine is sealed: power it off and make the image of its disk.",
-        "hint": "",
-        "problems": [],
-    }
 
 
 # ---------------------------------------------------------------- what goes

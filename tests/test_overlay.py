@@ -25,7 +25,10 @@ FILES = {
         "usr/bin/firstboot": 0o755,
         "usr/share/licenses/firstboot/LICENSE": 0o644,
     },
-    "20units": {"usr/lib/tmpfiles.d/firstboot.conf": 0o644},
+    "20units": {
+        "usr/lib/systemd/catalog/firstboot.catalog": 0o644,
+        "usr/lib/tmpfiles.d/firstboot.conf": 0o644,
+    },
     "30preset": {"usr/lib/systemd/system-preset/45-firstboot.preset": 0o644},
     "40firewall": {"usr/lib/firewalld/services/firstboot.xml": 0o644},
     "50cloud-init": {"etc/cloud/clean.d/50-firstboot": 0o755},

@@ -33,6 +33,7 @@ from firstboot.host.files import (
     use_resolver,
     write_block,
 )
+from firstboot.host.logins import tell_logins
 from firstboot.host.machine import Machine, forget_machine_id, look, with_cloud
 from firstboot.host.ports import taken
 from firstboot.host.state import LostState, StateDirectory
@@ -65,6 +66,7 @@ __all__ = [
     "remove_tree",
     "survey",
     "taken",
+    "tell_logins",
     "use_directory",
     "use_resolver",
     "wait_for_address",
