@@ -24,8 +24,8 @@ from typing import Any
 
 from firstboot import host, named, pki, userdata
 from firstboot.carrier import Carrier
-from firstboot.discovery import providers
-from firstboot.discovery.interface import Context, Provider
+from firstboot.discovery.interface import Context
+from firstboot.discovery.search import Search
 from firstboot.journal import WARNING, Journal
 from firstboot.late import late_patterns
 from firstboot.payloads.rows import OPTIONS, PAYLOADS
@@ -57,15 +57,13 @@ class Service:
         self.inbox: deque[events.Event] = deque()
         self._wake = asyncio.Event()
         self.transport = Transport(self.put)
-        self.providers: list[Provider] = []
-        self._chosen: list[tuple[str, providers.Options]] = []
+        self.search: Search | None = None
         self._disk = ThreadPoolExecutor(1, "disk")
         self._work = ThreadPoolExecutor(1, "work")
         self.options: dict[str, str] = {}
         self._signers = ThreadPoolExecutor(1, "signers")  # one: no serial number is given twice
         self._persisting = False
         self._persist_next: events.Persist | None = None
-        self._announcing: dict[str, asyncio.Task[None]] = {}
         self._history = Recorder(self.directory.path)
         self._bug: BaseException | None = None
         self._started = False
@@ -119,8 +117,8 @@ class Service:
         memory = self._loop.run_in_executor(self._disk, self._memory, facts)
         self.publisher.platform = facts.platform
         listed = [(spec.name, spec.options) for spec in self.document.discovery]
-        self._chosen = providers.choose(listed, facts.platform)
-        providers.load(name for name, _ in self._chosen)  # meanwhile the disk works
+        self.search = Search(listed, facts.platform)
+        self.search.load()  # meanwhile the disk works
         facts = await self._with_cloud_facts(facts)
         key, known, voter = await memory
         endpoint = facts.endpoint or Endpoint("127.0.0.1", facts.port)
@@ -270,14 +268,11 @@ class Service:
         def stranger(kind: str, source: str) -> None:
             self.put(events.StrangerSeen(kind, source))
 
-        for name, options in self._chosen:
+        def found(at: Endpoint, provider: str) -> None:
+            self.put(events.PeerFound(at, provider))
 
-            def found(at: Endpoint, name: str = name) -> None:
-                self.put(events.PeerFound(at, name))
-
-            provider = providers.make(name, options, context)
-            self.providers.append(provider)
-            await provider.start(me.endpoint, found, stranger)
+        assert self.search is not None
+        await self.search.begin(context, me.endpoint, found, stranger)
 
     def _lacks(self) -> bool:
         """Whether hosts are missing, so that it is worth looking for them."""
@@ -291,10 +286,8 @@ class Service:
             self._publish()
         if self._watching is not None:
             self._watching.cancel()
-        for task in self._announcing.values():
-            task.cancel()
-        for provider in self.providers:
-            await provider.stop()
+        if self.search is not None:
+            await self.search.end()
         await self.transport.close()
         if self._started:
             self.carrier.cancel()  # else Python would wait for a unit's deadline at exit
@@ -347,7 +340,7 @@ class Service:
         expiries = self.carrier.expiries
         return self.publisher.publish(
             self.core,
-            self.providers,
+            self.search.providers if self.search else (),
             payload=self.document.config.payload,
             certificates=expiries,
             warnings=warnings,
@@ -364,7 +357,8 @@ class Service:
             case events.Disconnect():
                 self.transport.disconnect(action.node_id)
             case events.Announce():
-                self._announce()
+                assert self.search is not None
+                self.search.announce(self._publish_soon)
             case events.Close():
                 self._close()
             case events.Finish():
@@ -410,14 +404,6 @@ class Service:
             context = {"message": str(error), "exception": error}
             self._loop.call_soon_threadsafe(self._loop.call_exception_handler, context)
 
-    def _announce(self) -> None:
-        for provider in self.providers:
-            running = self._announcing.get(provider.name)
-            if running is None or running.done():
-                task = asyncio.ensure_future(provider.announce())
-                task.add_done_callback(lambda _: self._publish_soon())
-                self._announcing[provider.name] = task
-
     def _finish(self) -> None:
         """Leave for good. The stamp comes last, also after the token is off the disk."""
         self._leaving = True
@@ -430,9 +416,8 @@ class Service:
     def _close(self) -> None:
         """CLOSE: no bootstrap handshake succeeds any more, and nothing derived is kept."""
         self.transport.set_channel(Channel.BOOTSTRAP, None)
-        for provider in self.providers:
-            task = asyncio.ensure_future(provider.stop())
-            self._announcing[f"stop {provider.name}"] = task
+        if self.search is not None:
+            self.search.close()
         try:  # it is worthless by now, but the next start would take it for this host's token
             host.remove_durably(self.root / userdata.JOIN)
         except FirstbootError as error:
