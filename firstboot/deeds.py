@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,7 +22,8 @@ if TYPE_CHECKING:  # what only a role with units needs is loaded when it does: 1
     from firstboot import units
 
 TARGET = "firstboot.target"
-PLACES = "@{hosts}"
+PLACES = ("@{hosts}", "@{inventory}")  # credentials that change with every member
+FIRST_TOLD, TOLD_AGAIN = 1.0, 5.0  # seconds after which a gate's reason is told, and another one
 DROP_IN = f"etc/systemd/system/{TARGET}.d/10-role.conf"
 CREDENTIAL = re.compile(r"@\{(?P<how>base64:)?(?P<name>[a-z0-9.-]{1,64})\}")
 
@@ -46,6 +48,8 @@ class Deeds:
         self._cancelled = threading.Event()
         self._replaced: set[str] = set()  # units whose container or file changed under them
         self._writing = threading.Lock()  # the founding master learns of members meanwhile
+        self.gate = ""  # why the health gate that is waited at is still shut
+        self.gate_told: Callable[[], None] = lambda: None  # called when that changes, in a thread
 
     def run(self, step: plan.Step) -> None:
         """Make it true; FirstbootError, perhaps with a `detail`, if that fails."""
@@ -73,14 +77,19 @@ class Deeds:
                 self._start_unit(step)
             case plan.Probe():
                 self._probe(step)
+            case plan.CreateObject():
+                from firstboot import health
+
+                health.create(step, self.root, self._filled(step.content))
             case plan.ReachTarget():
                 self._reach_target(step.units)
 
     def tell_places(self, steps: Iterable[plan.Step]) -> None:
         """There is a new member: write what names all of them again. Any thread may call this."""
         for step in steps:
-            if isinstance(step, plan.WriteBlock | plan.WriteFile) and PLACES in step.content:
-                self.run(step)
+            match step:
+                case plan.WriteBlock() | plan.WriteFile() if _names_places(step.content):
+                    self.run(step)
 
     def cancel(self) -> None:
         """End whatever step is under way: the process was told to stop."""
@@ -92,11 +101,46 @@ class Deeds:
         from firstboot import health
 
         try:
-            health.wait(step, self.root, self._cancelled)
+            health.wait(step, self.root, self._cancelled, self._teller(step.unit))
         except health.ProbeFailed as error:
             if step.unit and not self._cancelled.is_set():
                 error.detail = self.systemd.log(step.unit)
             raise
+        finally:
+            self._tell_gate("")
+
+    def _teller(self, unit: str) -> Callable[[str], None]:
+        """What a gate does after a try in vain: say why, and look whether `unit` stays up.
+
+        It raises UnitFailed when the unit has failed as often as one that is started may.
+        """
+        from firstboot.units import PATIENCE
+
+        due, said = time.monotonic() + FIRST_TOLD, ""
+        before = self.systemd.failures(unit) if unit else 0
+        known = before
+
+        def tried(reason: str) -> None:
+            nonlocal due, said, known
+            if time.monotonic() < due:
+                return
+            count = self.systemd.failures(unit) if unit else 0
+            if count > known:
+                known, failure = count, self.systemd.failure(unit)
+                said = "; ".join([str(failure), *failure.log[-1:]])
+                if count >= before + PATIENCE:
+                    raise failure
+            text = f"{reason}; {said}" if said else reason
+            if text != self.gate:
+                due = time.monotonic() + TOLD_AGAIN
+                self._tell_gate(text)
+
+        return tried
+
+    def _tell_gate(self, text: str) -> None:
+        if text != self.gate:
+            self.gate = text
+            self.gate_told()
 
     def _make_directory(self, step: plan.MakeDirectory) -> None:
         path, claim = self.root / step.path[1:], f"claims/{step.path[1:].replace('/', '-')}"
@@ -184,6 +228,10 @@ class Deeds:
         self.systemd.reload()
         self.systemd.enable(TARGET)
         self.systemd.start(TARGET, deadline=60.0)
+
+
+def _names_places(content: str) -> bool:
+    return any(name in content for name in PLACES)
 
 
 def _holds(path: Path, content: bytes) -> bool:

@@ -1,4 +1,7 @@
-"""Health gates: ask a URL until it answers 200, and say in plain words why it does not."""
+"""Health gates: ask a URL until it answers 200, and say in plain words why it does not.
+
+The objects that a role creates in an API go the same way.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import http.client
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from firstboot.protocol.errors import LocalError
-from firstboot.protocol.plan import Probe
+from firstboot.protocol.plan import CreateObject, Probe
 
 TRY_SECONDS = 5.0  # for each of: connecting, the handshake, every part of the answer
 FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between tries, doubling
@@ -38,13 +42,44 @@ def probe(step: Probe, root: Path, seconds: float = TRY_SECONDS) -> None:
     Follows no redirect, knows no proxy. `seconds` is the limit for each wait on the network. The
     paths in `step` are under `root`.
     """
+    most = MAX_ANSWER if step.contains else 4 * MAX_BODY
+    code, text = _asked(step, root, seconds, "GET", most)
+    if code != http.client.OK:
+        raise _refusal(code, text)
+    if step.contains not in text:
+        raise ProbeFailed(step.lacks or f"its answer lacks {step.contains}")
+
+
+def create(step: CreateObject, root: Path, content: bytes, seconds: float = TRY_SECONDS) -> None:
+    """Have an API make the object, which is `content`; ProbeFailed unless it then has one.
+
+    One of that name which is there already is left as it is (409, RFC 9110).
+    """
+    code, text = _asked(step, root, seconds, "POST", 4 * MAX_BODY, content)
+    if code not in (http.client.OK, http.client.CREATED, http.client.CONFLICT):
+        raise _refusal(code, text)
+
+
+def _refusal(code: int, text: str) -> ProbeFailed:
+    body = _printable(text[: 4 * MAX_BODY])
+    return ProbeFailed(f"HTTP {code}: {body}" if body else f"HTTP {code}")
+
+
+def _asked(
+    step: Probe | CreateObject,
+    root: Path,
+    seconds: float,
+    method: str,
+    most: int,
+    content: bytes | None = None,
+) -> tuple[int, str]:
+    """One request: the answer's code, and at most so many bytes of it; ProbeFailed without one."""
     connection, target = _connection(step, root, seconds)
+    headers = {"Connection": "close"} | ({"Content-Type": "application/json"} if content else {})
     try:
-        connection.request("GET", target, headers={"Connection": "close"})
+        connection.request(method, target, content, headers)
         with connection.getresponse() as response:
-            raw = response.read(MAX_ANSWER if step.contains else 4 * MAX_BODY)
-            text = raw.decode(errors="replace")
-            body = _printable(text[: 4 * MAX_BODY])
+            return response.status, response.read(most).decode(errors="replace")
     except ssl.SSLCertVerificationError as error:
         reason = f"its certificate is not accepted: {error.verify_message}"
         raise ProbeFailed(reason) from None
@@ -61,16 +96,18 @@ def probe(step: Probe, root: Path, seconds: float = TRY_SECONDS) -> None:
         raise ProbeFailed(f"no sound answer: {error or type(error).__name__}") from None
     finally:
         connection.close()
-    if response.status != http.client.OK:
-        raise ProbeFailed(f"HTTP {response.status}: {body}" if body else f"HTTP {response.status}")
-    if step.contains not in text:
-        raise ProbeFailed(step.lacks or f"its answer lacks {step.contains}")
 
 
-def wait(step: Probe, root: Path, cancelled: threading.Event | None = None) -> None:
+def wait(
+    step: Probe,
+    root: Path,
+    cancelled: threading.Event | None = None,
+    tried: Callable[[str], None] | None = None,
+) -> None:
     """Ask until the answer is 200; ProbeFailed with the last reason after `step.deadline` s.
 
-    Blocks; setting `cancelled` ends it with ProbeFailed at the next pause.
+    Blocks; setting `cancelled` ends it with ProbeFailed at the next pause. After each try in vain
+    `tried` gets its reason; what it raises ends the waiting.
     """
     cancelled = cancelled or threading.Event()
     end, pause = time.monotonic() + step.deadline, FIRST_PAUSE
@@ -82,13 +119,18 @@ def wait(step: Probe, root: Path, cancelled: threading.Event | None = None) -> N
             left = end - time.monotonic()
             if left <= 0:
                 raise ProbeFailed(f"not healthy after {step.deadline:.0f} s: {error}") from None
+            reason = str(error)
+        if tried is not None:
+            tried(reason)
         # The last pause ends at the deadline, so there is a try at that moment too.
         if cancelled.wait(min(pause, left)):
             raise ProbeFailed("waiting for it to be healthy was cancelled")
         pause = min(2 * pause, LAST_PAUSE)
 
 
-def _connection(step: Probe, root: Path, seconds: float) -> tuple[http.client.HTTPConnection, str]:
+def _connection(
+    step: Probe | CreateObject, root: Path, seconds: float
+) -> tuple[http.client.HTTPConnection, str]:
     """A connection that is not open yet, and what to ask for (RFC 9112, section 3.2.1)."""
     try:
         parts = urlsplit(step.url)
@@ -106,7 +148,7 @@ def _connection(step: Probe, root: Path, seconds: float) -> tuple[http.client.HT
     raise ProbeFailed(f"{step.url} is neither http nor https")
 
 
-def _tls(step: Probe, root: Path) -> ssl.SSLContext:
+def _tls(step: Probe | CreateObject, root: Path) -> ssl.SSLContext:
     def path(name: str) -> str:
         return str(root / name.lstrip("/"))
 

@@ -71,25 +71,27 @@ class Publisher:
         self._seen: set[str] = set()
         self._since = time.time()
 
-    def mark(self, what: str) -> None:
+    def mark(self, what: str, **more: object) -> None:
         """Note that this began just now; only the first time counts."""
         if what not in self._seen:
             self._seen.add(what)
-            self._timeline.append({"what": what, "at": round(time.time(), 6)})
+            self._timeline.append({"what": what, "at": round(time.time(), 6), **more})
 
     def note(self, core: Assembly) -> bool:
         """Note what has begun; whether the stage is another than the one that was told last."""
         if core.enrolled:
             self.mark("certificates")
         self.mark(core.stage.value)
+        if what := status.milestone(core):
+            self.mark(what, part_of=core.stage.value)
         return core.stage.value != self.shown.get("stage")
 
     def publish(
-        self, core: Assembly, providers: Iterable[Provider], **more: object
+        self, core: Assembly, providers: Iterable[Provider], gate: str = "", **more: object
     ) -> dict[str, Any]:
-        """Tell where the core stands; `more` are further items of the status."""
+        """Tell where the core stands; `gate` as in `describe`, `more` further items."""
         offset = time.time() - time.monotonic()
-        now = status.describe(core, offset)
+        now = status.describe(core, offset, gate)
         next_try = status.looks_again(core, offset)
         if now["sentence"] != self.shown.get("sentence"):
             self._since = time.time()

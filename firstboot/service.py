@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -128,6 +129,7 @@ class Service:
             self.document.require_token()
         self._make_core(me, known)
         self.carrier = Carrier(self.root, self.directory, self.transport, self.core)
+        self.carrier.deeds.gate_told = self._gate_told
         self.publisher.mark("network")
         if not gc.isenabled():
             gc.freeze()  # modules and the like stay; what comes now is looked through again
@@ -332,6 +334,11 @@ class Service:
         if self._publishing is None and not self._leaving:
             self._publishing = self._loop.call_later(PUBLISH_AFTER, self._publish)
 
+    def _gate_told(self) -> None:
+        """A health gate stays shut for another reason, or opened; in a worker's thread."""
+        with suppress(RuntimeError):  # the loop has ended: nobody is told any more
+            self._loop.call_soon_threadsafe(self._publish_soon)
+
     def _publish(self) -> dict[str, Any]:
         if self._publishing is not None:
             self._publishing.cancel()
@@ -341,6 +348,7 @@ class Service:
         return self.publisher.publish(
             self.core,
             self.search.providers if self.search else (),
+            self.carrier.deeds.gate,
             payload=self.document.config.payload,
             certificates=expiries,
             warnings=warnings,

@@ -29,7 +29,7 @@ _JOURNAL_SECONDS = 5.0
 _LOG_LINES, _LOG_COLUMNS = 10, 300
 # A unit that systemd restarts (Restart=on-failure) may fail once or twice because something it
 # talks to is not there yet; at the third time it is taken at its word.
-_PATIENCE = 3
+PATIENCE = 3
 _WITH_RESULT = ("service", "socket", "mount", "automount", "swap", "path", "timer", "scope")
 _WORDS = {
     "timeout": "it did not become ready in time",
@@ -47,6 +47,7 @@ _WORDS = {
     "ended": "it ended at once, without an error",
     "not-started": "its start was cancelled",
     "deadline": "it was still starting at the deadline",
+    "again": "it ends again and again",
 }
 
 
@@ -153,7 +154,7 @@ class Systemd:
         """Start a unit and return once it is active, or has done its work if it is a oneshot.
 
         With `restart` a unit that is active already is stopped first.
-        Raises UnitFailed if it fails, if systemd has restarted it in vain `_PATIENCE` times, or
+        Raises UnitFailed if it fails, if systemd has restarted it in vain `PATIENCE` times, or
         if that takes longer than `deadline` seconds; the unit is then left to systemd as it is.
         """
         until = time.monotonic() + deadline
@@ -214,6 +215,22 @@ class Systemd:
             if changes:
                 bus.manager("Reload", "")
 
+    def failures(self, unit: str) -> int:
+        """How often it has failed since it was told to start; many if systemd has given it up."""
+        with self._connection() as bus:
+            path = str(bus.manager("LoadUnit", "s", unit))
+            seen = bus.properties(path, _UNIT)
+            own = _type_properties(bus, unit, path)
+            if str(seen["ActiveState"]) == "failed":
+                return PATIENCE + int(own.get("NRestarts", 0))
+            return int(own.get("NRestarts", 0)) + _waits(seen)
+
+    def failure(self, unit: str) -> UnitFailed:
+        """Why it does not stay up, from what systemd and the journal know right now."""
+        with self._connection() as bus:
+            path = str(bus.manager("LoadUnit", "s", unit))
+            return self._failed(bus, unit, path, "again", _type_properties(bus, unit, path))
+
     def log(self, unit: str) -> str:
         """The unit's last lines in the journal, bounded; nothing if they cannot be read."""
         return "\n".join(self._log(unit))
@@ -228,7 +245,7 @@ class Systemd:
         reason = _WORDS.get(verdict, verdict)
         if verdict == "dependency":
             reason = f"it needs {_failed_dependency(bus, path)}, which failed"
-        elif result != "success" and verdict in ("failed", "deadline"):
+        elif result != "success" and verdict in ("failed", "deadline", "again"):
             # At the deadline of a unit being restarted, why it fails says more than the time.
             verdict, reason = result, _result_words(result, code, status)
         return UnitFailed(unit, verdict, reason, status, self._log(unit))
@@ -388,7 +405,7 @@ class _Following:
         # A restart sets Result back to success: keep the failure, it is what people ask for.
         if str(own.get("Result")) != "success" or not self.last:
             self.last = own
-        if self._failures(seen, own) >= _PATIENCE:
+        if self._failures(seen, own) >= PATIENCE:
             return "failed"
         active = str(seen["ActiveState"])
         if int(seen["Job"][0]) != 0:
@@ -401,8 +418,7 @@ class _Following:
         restarts = int(own.get("NRestarts", 0))
         if self._restarts is None or restarts < self._restarts:
             self._restarts = restarts
-        waiting = str(seen["SubState"]).startswith("auto-restart")
-        return restarts - self._restarts + waiting
+        return restarts - self._restarts + _waits(seen)
 
     def _of_inactive(self, bus: _Bus, seen: dict[str, Any], own: dict[str, Any]) -> str:
         for kind in ("Condition", "Assert"):
@@ -416,6 +432,11 @@ class _Following:
 
     def _differs(self, seen: dict[str, Any], name: str) -> bool:
         return int(seen[name]) != int(self._before[name])
+
+
+def _waits(seen: dict[str, Any]) -> bool:
+    """Whether systemd will restart it in a moment."""
+    return str(seen["SubState"]).startswith("auto-restart")
 
 
 def _type_properties(bus: _Bus, unit: str, path: str) -> dict[str, Any]:

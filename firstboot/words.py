@@ -140,15 +140,20 @@ def _discovery(shown: dict[str, Any]) -> list[str]:
 
 
 def timeline(shown: dict[str, Any]) -> str:
-    """Each phase, how long after the start it began, and how long it took."""
+    """Each phase, how long after the start it began, and how long it took.
+
+    Below a phase, indented, the units and gates that were its parts.
+    """
     marks = shown.get("timeline") or []
     if not marks:
         return f"{shown['sentence']}  No phase was recorded."
     start = marks[0]["at"]
     lines = ["   at (s)  took (s)  phase"]
-    for mark, following in zip(marks, [*marks[1:], None], strict=True):
+    for index, mark in enumerate(marks, 1):
+        part = "part_of" in mark
+        following = next((m for m in marks[index:] if part or "part_of" not in m), None)
         took = f"{following['at'] - mark['at']:8.3f}" if following else "        "
-        lines.append(f"{mark['at'] - start:9.3f}  {took}  {mark['what']}")
+        lines.append(f"{mark['at'] - start:9.3f}  {took}  {'  ' * part}{mark['what']}")
     return "\n".join(lines)
 
 

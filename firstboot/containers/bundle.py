@@ -11,6 +11,7 @@ from firstboot.containers import runtime as oci
 from firstboot.containers.disk import inside, read_if_there, write_file
 from firstboot.containers.exports import read_text, render
 from firstboot.containers.tools import ContainerError, run
+from firstboot.containers.variables import possible_capabilities
 
 SPEC_SECONDS = 10.0
 TMPFILES_SECONDS = 60.0
@@ -49,8 +50,11 @@ def write_config(
             _default_config(deployment, runtime) if raw is None else render(template, raw, values)
         )
     config = _checked(text, values["NAME"], rootfs)
+    changed = _keep_possible(config)
     if rootfs and config:
         config["root"]["path"] = rootfs
+        changed = True
+    if changed:
         text = json.dumps(config, indent=4)
     # Values may be secret, and whoever may read them can read the unit's environment as root.
     write_file(target, text.encode(), 0o600)
@@ -135,6 +139,26 @@ def _checked(text: str, name: str, rootfs: str | None) -> dict[str, Any]:
     if not isinstance(mounts, list) or not all(isinstance(mount, dict) for mount in mounts):
         raise ContainerError(f"The mounts in the config.json of {name} are not a list of mappings")
     return config
+
+
+def _keep_possible(config: dict[str, Any]) -> bool:
+    """Take away the capabilities that nobody has on this host; whether there were any.
+
+    A runtime fails altogether when it is asked for one of those, and Origin's images list nearly
+    all there are.
+    """
+    process = config.get("process")
+    listed = process.get("capabilities") if isinstance(process, dict) else None
+    if not isinstance(listed, dict):
+        return False
+    possible = set(possible_capabilities())
+    kept = {
+        kind: [name for name in names if name in possible] if isinstance(names, list) else names
+        for kind, names in listed.items()
+    }
+    changed = kept != listed
+    listed |= kept
+    return changed
 
 
 def _default_config(deployment: Path, runtime: str) -> str:

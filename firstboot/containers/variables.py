@@ -50,7 +50,12 @@ def resolve(
 
 
 def capability_list() -> str:
-    """Every capability a container can get here, as the inside of a JSON list.
+    """Every capability a container can get here, as the inside of a JSON list."""
+    return ",\n".join(f'"{name}"' for name in possible_capabilities()) + "\n"
+
+
+def possible_capabilities() -> tuple[str, ...]:
+    """Every capability a container can get here.
 
     The kernel's list, less what the first process may not pass on: in a machine without
     CAP_SYS_RESOURCE a runtime asked for it fails.
@@ -58,8 +63,7 @@ def capability_list() -> str:
     last = _read_number("/proc/sys/kernel/cap_last_cap", r"(\d+)", len(CAPABILITIES) - 1)
     bounding = _read_number("/proc/1/status", r"CapBnd:\s*([0-9a-f]+)", -1, base=16)
     names = [name for number, name in enumerate(CAPABILITIES) if number <= last]
-    allowed = [name for name in names if bounding >> CAPABILITIES.index(name) & 1]
-    return ",\n".join(f'"CAP_{name}"' for name in allowed) + "\n"
+    return tuple(f"CAP_{name}" for name in names if bounding >> CAPABILITIES.index(name) & 1)
 
 
 def _read_number(path: str, pattern: str, default: int, base: int = 10) -> int:

@@ -4,9 +4,9 @@ A payload is data: for each role the certificates it needs and the ordered steps
 hold ``${variables}`` (see `variables`); an unknown one is a LocalError. A new payload needs rows
 and templates, no new machinery.
 
-A step whose `when` does not fill in to ``true`` is left out. A file's content, and a block's, may
-hold ``@{NAME}`` and ``@{base64:NAME}``: a credential of this host, put in when it is written, so
-that no plan holds a secret.
+A step whose `when` does not fill in to ``true`` is left out. A file's content, a block's and an
+object's may hold ``@{NAME}`` and ``@{base64:NAME}``: a credential of this host, put in when it is
+written, so that no plan holds a secret.
 """
 
 from __future__ import annotations
@@ -150,6 +150,22 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class CreateObject:
+    """An object in the API of what runs here: POSTed to `url`; one that is there is left alone.
+
+    `name` is its kind and name; `content` is JSON; the rest is as in `Probe`.
+    """
+
+    url: str
+    name: str
+    content: str
+    authority: str
+    certificate: str
+    key: str
+    when: str = "true"
+
+
+@dataclass(frozen=True, slots=True)
 class ReachTarget:
     """The last step: firstboot.target holds these units, now and at every later boot."""
 
@@ -168,6 +184,7 @@ Step = (
     | InstallContainer
     | StartUnit
     | Probe
+    | CreateObject
     | ReachTarget
 )
 

@@ -31,9 +31,14 @@ class Problem:
     blocking: bool = True
 
 
-def describe(core: Assembly, wall_offset: float) -> dict[str, Any]:
-    """The public status: no secret in it. `wall_offset` is Unix time minus monotonic time."""
+def describe(core: Assembly, wall_offset: float, gate: str = "") -> dict[str, Any]:
+    """The public status: no secret in it. `wall_offset` is Unix time minus monotonic time.
+
+    `gate` is why the health gate that this host waits at is still shut.
+    """
     text, hint = sentence(core)
+    if gate and core.stage is Stage.STARTING:
+        text = f"{text.rstrip('.')}: {gate.rstrip('.')}."
     found = problems(core)
     value = core.decided
     return {
@@ -67,7 +72,7 @@ def describe(core: Assembly, wall_offset: float) -> dict[str, Any]:
             {"code": p.code, "text": p.text, "hint": p.hint, "blocking": p.blocking} for p in found
         ],
         "steps": _steps(core),
-        "units": [s.unit for s in core.plan or () if isinstance(s, plan.StartUnit)],
+        "units": [s.unit for s in core.plan or () if isinstance(s, plan.StartUnit) and s.lasting],
     }
 
 
@@ -171,8 +176,19 @@ def say(step: plan.Step) -> str:
             return f"start {step.unit}"
         case plan.Probe():
             return f"wait for {step.url}"
+        case plan.CreateObject():
+            return f"create {step.name}"
         case plan.ReachTarget():
             return "reach firstboot.target"
+
+
+def milestone(core: Assembly) -> str:
+    """The unit this host starts, or the gate it waits at, right now; "" at any other step."""
+    steps, at = core.plan or (), core.steps_done
+    if core.stage is not Stage.STARTING or at >= len(steps):
+        return ""
+    known = isinstance(steps[at], plan.StartUnit | plan.Probe | plan.CreateObject)
+    return say(steps[at]) if known else ""
 
 
 # ---------------------------------------------------------------- one sentence

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import firstboot.deeds
 from firstboot import host
 from firstboot.deeds import Deeds
 from firstboot.health import ProbeFailed
 from firstboot.protocol import plan
 from firstboot.protocol.errors import LocalError
-from firstboot.units import UnitState
+from firstboot.units import UnitFailed, UnitState
 
 SECRETS = {"ca.crt": b"-CERT-\n", "x.key": b"-KEY-\n", "hosts": b"10.0.0.1 a\n"}
 
@@ -24,8 +27,10 @@ class Systemd:
     """Notes what it is asked for; `active` is what it says of every unit."""
 
     active = "inactive"
+    failed: Sequence[int] = (0,)  # how often a unit has, at each time this is asked
 
     def __init__(self) -> None:
+        self.asked = 0
         self.started: list[tuple[str, bool]] = []
 
     def state(self, _unit: str) -> UnitState:
@@ -33,6 +38,13 @@ class Systemd:
 
     def enable(self, _unit: str) -> bool:
         return True
+
+    def failures(self, _unit: str) -> int:
+        self.asked += 1
+        return self.failed[min(self.asked, len(self.failed)) - 1]
+
+    def failure(self, unit: str) -> UnitFailed:
+        return UnitFailed(unit, "exit-code", "it exited with status 1", 1, ("first", "last words"))
 
     def log(self, unit: str) -> str:
         return f"last words of {unit}"
@@ -160,6 +172,36 @@ def test_a_gate_that_stays_shut_tells_what_its_unit_wrote_last(deeds: Made) -> N
         with pytest.raises(ProbeFailed, match="connection refused") as caught:
             deeds.run(plan.Probe(url, deadline=0.1, unit="origin-master-api.service"))
     assert caught.value.detail == "last words of origin-master-api.service"
+
+
+@pytest.fixture
+def shut(monkeypatch: pytest.MonkeyPatch) -> Iterator[plan.Probe]:
+    """A gate at which nobody listens, and whose reasons are told at once."""
+    monkeypatch.setattr(firstboot.deeds, "FIRST_TOLD", 0.0)
+    monkeypatch.setattr(firstboot.deeds, "TOLD_AGAIN", 0.0)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/healthz"
+        yield plan.Probe(url, deadline=60.0, unit="api.service")
+
+
+def test_a_gate_tells_its_reason_while_it_is_shut(deeds: Made, shut: plan.Probe) -> None:
+    """And gives up as soon as its unit has failed as often as one that is started may."""
+    deeds.manager.failed = (5, 5, 6, 7, 8)  # what it did before this gate does not count
+    told: list[str] = []
+    deeds.gate_told = lambda: told.append(deeds.gate)
+    with pytest.raises(UnitFailed, match=r"api.service failed: it exited with status 1") as caught:
+        deeds.run(shut)
+    assert caught.value.detail == "first\nlast words"
+    refused, failed = "connection refused: nothing listens there yet", "it exited with status 1"
+    assert told == [refused, f"{refused}; api.service failed: {failed}; last words", ""]
+    assert deeds.gate == ""
+
+
+def test_a_gate_without_a_unit_asks_systemd_for_nothing(deeds: Made, shut: plan.Probe) -> None:
+    with pytest.raises(ProbeFailed):
+        deeds.run(dataclasses.replace(shut, unit="", deadline=0.2))
+    assert deeds.manager.asked == 0
 
 
 def test_a_failing_disk_is_a_sentence(deeds: Made) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from firstboot import health, pki
-from firstboot.health import ProbeFailed, probe, wait
+from firstboot.health import ProbeFailed, create, probe, wait
 from firstboot.protocol.model import Member, Profile
-from firstboot.protocol.plan import Probe
+from firstboot.protocol.plan import CreateObject, Probe
 
 NODE = "0123456789abcdef" * 2
 GENEROUS = 60.0
@@ -47,6 +47,8 @@ class Server:
             def do_GET(self) -> None:
                 outer.asked.append(self.path)
                 answers[min(len(outer.asked), len(answers)) - 1](self)
+
+            do_POST = do_GET
 
             def log_message(self, *arguments: object) -> None:
                 pass
@@ -363,3 +365,26 @@ def test_waiting_can_be_cancelled(tmp_path: Path) -> None:
     thread.join(GENEROUS)
     assert time.monotonic() - started < GENEROUS
     assert caught == ["waiting for it to be healthy was cancelled"]
+
+
+# ---------------------------------------------------------------- objects
+
+
+def an_object(port: int) -> CreateObject:
+    return CreateObject(f"http://127.0.0.1:{port}/api/v1/things", "Thing x", "{}", "", "", "")
+
+
+@pytest.mark.parametrize("code", [200, 201, 409])
+def test_an_object_is_made_or_there_already(
+    serve: Callable[..., Server], tmp_path: Path, code: int
+) -> None:
+    server = serve(plain(code, b"{}"))
+    create(an_object(server.port), tmp_path, b'{"kind":"Thing"}')
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("code", [400, 401, 403, 404, 422, 500])
+def test_an_object_that_is_refused(serve: Callable[..., Server], tmp_path: Path, code: int) -> None:
+    server = serve(plain(code, b'{"message":"why not"}'))
+    with pytest.raises(ProbeFailed, match=rf"HTTP {code}: .*why not"):
+        create(an_object(server.port), tmp_path, b"{}")

@@ -52,8 +52,8 @@ def inside() -> None:
             _mark("document")
             return document
 
-        def marked(self: publisher.Publisher, what: str) -> None:
-            mark(self, what)
+        def marked(self: publisher.Publisher, what: str, **more: object) -> None:
+            mark(self, what, **more)
             _mark(what)
 
         userdata.find = found  # type: ignore[assignment]
