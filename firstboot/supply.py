@@ -29,6 +29,8 @@ from firstboot.protocol.plan import Payload
 MAX_ANSWERS = 16  # times a member may ask with new keys
 MAX_SERIAL_FILE = 256
 KEY_THREADS = 4
+# Texts with a line for each member: hosts(5), and hosts of an Ansible inventory.
+LISTS = {"hosts": "{0.host} {0.name}", "inventory": "{0.name} ansible_host={0.host}"}
 KEYS, HELD, AUTHORITY, SERIALS = (
     f"payload/{name}.json" for name in ("keys", "held", "authority", "serials")
 )
@@ -139,15 +141,17 @@ class Supply:
         self._save(HELD, order.fingerprint, held)
 
     def credential(self, name: str, fingerprint: str) -> bytes | None:
-        """The bytes of ``NAME.crt``, ``NAME.key``, of a pair's two keys, or ``hosts``.
+        """The bytes of ``NAME.crt``, ``NAME.key``, of a pair's two keys, ``hosts``
+        or ``inventory``.
 
         None if the payload has none of that name.
         """
         held = self._load(HELD, fingerprint)
         if held is None:
             return None
-        if name == "hosts":
-            return _hosts(Place(*place) for place in held["places"])
+        if name in LISTS:
+            places = sorted((Place(*place) for place in held["places"]), key=lambda p: p.name)
+            return "".join(f"{LISTS[name].format(place)}\n" for place in places).encode()
         stem, _, kind = name.rpartition(".")
         found = None
         if kind == "crt" and stem in held["leaf"]:
@@ -411,9 +415,3 @@ def _named(items: Sequence[Item], wanted: Sequence[str], what: str) -> dict[str,
 
 def _secret(authority: Mapping[str, Any], name: str) -> bytes:
     return ca.key_to_der(authority["key"][name].encode())
-
-
-def _hosts(places: Any) -> bytes:
-    """Lines of hosts(5), by name."""
-    lines = (f"{place.host} {place.name}\n" for place in sorted(places, key=lambda p: p.name))
-    return "".join(lines).encode()

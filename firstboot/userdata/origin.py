@@ -31,7 +31,7 @@ def check_origin(said: Said, given: Mapping[str, Any]) -> None:
 
 
 def _check_size(said: Said, given: Mapping[str, Any]) -> None:
-    for key in ("kubelet_arguments", "node_labels"):
+    for key in ("kubelet_arguments", "node_labels", "infra_selector"):
         if len(json.dumps(given[key])) > MAX_TEXT:
             message = f"origin.{key} is longer than {MAX_TEXT} bytes as JSON"
             raise said.error(("origin", key), message, "say less")

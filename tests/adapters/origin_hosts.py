@@ -32,7 +32,8 @@ from firstboot.protocol.model import (
 )
 from firstboot.protocol.situation import Start
 
-OUTSIDE = plan.StartUnit | plan.InstallContainer | plan.Probe | plan.ReachTarget | plan.SetKernel
+OUTSIDE = plan.StartUnit | plan.InstallContainer | plan.Probe | plan.CreateObject
+OUTSIDE |= plan.ReachTarget | plan.SetKernel
 
 
 class Transport:
@@ -67,6 +68,7 @@ class Cluster:
         masters: int = 1,
         nodes: int = 1,
         options: Mapping[str, str] | None = None,
+        network: str = "10.77.0",
     ) -> None:
         self.now = 100.0
         self.options = {**OPTIONS["origin"], **(options or {})}
@@ -76,7 +78,7 @@ class Cluster:
         directories = [host.StateDirectory(root) for root in roots]
         keys = [pki.make_key() for _ in roots]
         members = [
-            Member(pki.node_id(key), f"host-{n}", f"10.77.0.{10 + n}")
+            Member(pki.node_id(key), f"host-{n}", f"{network}.{10 + n}")
             for n, key in enumerate(keys, 1)
         ]
         self.config = ClusterConfig("demo", count, masters=masters, payload="origin")

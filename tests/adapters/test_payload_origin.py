@@ -55,13 +55,16 @@ def keys(*names: str) -> dict[str, str]:
 
 NODE_TREE = {
     "origin/cloudprovider": "d755",
+    "origin/host": "f755",
     "origin/kubelet-plugins": "d755",
     "origin/kubelet-plugins/volume": "d755",
     "origin/kubelet-plugins/volume/exec": "d755",
     "origin/node": "d700",
     "origin/node/ca.crt": "f644",
+    "origin/node/node-client-ca.crt": "f644",
     "origin/node/node-config.yaml": "f600",
     "origin/node/node-dnsmasq.conf": "f644",
+    "origin/node/node-registration.json": "f644",
     "origin/node/resolv.conf": "f644",
     "origin/node/server.crt": "f644",
     "origin/node/server.key": "f600",
@@ -141,6 +144,7 @@ def test_a_masters_tree(three: Cluster) -> None:
     expected = node_tree("host-1") | {f"etc/{p}": m for p, m in ETCD_TREE.items()}
     expected |= {f"etc/origin/master/{p}": m for p, m in MASTER_FILES.items()}
     expected |= {"etc/origin/master": "d700", "etc/origin/generated-configs": "d700"}
+    expected |= {"etc/origin/inventory": "f644"}
     assert tree(master.root, "etc/origin", "etc/etcd") == expected
     assert stat.S_IMODE((master.root / "etc/etcd").stat().st_mode) == 0o700
     assert stat.S_IMODE((master.root / "var/lib/etcd").stat().st_mode) == 0o700
@@ -521,8 +525,10 @@ def outside(one: Host) -> list[str]:
 
 def test_a_master_starts_in_order(three: Cluster) -> None:
     assert outside(three.hosts[0]) == [
+        "systemd-journald",
         "dnsmasq",
         "docker",
+        "origin-host",
         "etcd",
         "https://10.77.0.11:2379/health",
         "origin-master-api",
@@ -538,8 +544,10 @@ def test_a_master_starts_in_order(three: Cluster) -> None:
 
 def test_a_node_waits_for_its_masters_api(three: Cluster) -> None:
     assert outside(three.hosts[1]) == [
+        "systemd-journald",
         "dnsmasq",
         "docker",
+        "origin-host",
         "https://10.77.0.11:8443/healthz/ready",
         "openvswitch",
         "origin-node",
@@ -552,7 +560,7 @@ def test_a_node_waits_for_its_masters_api(three: Cluster) -> None:
 def test_the_target_holds_what_runs(three: Cluster) -> None:
     target = three.hosts[1].did[-1]
     assert isinstance(target, plan.ReachTarget)
-    expected = ("dnsmasq", "docker", "openvswitch", "origin-node")
+    expected = ("dnsmasq", "docker", "origin-host", "openvswitch", "origin-node")
     assert target.units == tuple(f"{unit}.service" for unit in expected)
 
 
@@ -568,7 +576,7 @@ def test_containers_get_the_values_they_know(three: Cluster) -> None:
         "DOCKER_SERVICE": "docker.service",
     }
     assert dict(found["origin-master-controllers"].values)["COMMAND"] == "controllers"
-    assert dict(found["openvswitch"].values) == {"DOCKER_SERVICE": "docker"}
+    assert dict(found["openvswitch"].values) == {"DOCKER_SERVICE": "docker.service"}
     assert dict(found["origin-node"].values) == {
         "DNS_DOMAIN": "cluster.local",
         "DOCKER_SERVICE": "docker.service",
@@ -600,7 +608,10 @@ def config_in(made: tuple[plan.Step, ...], path: str) -> dict[str, Any]:
 
 
 def units(made: tuple[plan.Step, ...]) -> list[str]:
-    return [s.unit.removesuffix(".service") for s in made if isinstance(s, plan.StartUnit)]
+    """What is started, without the host's own journal and `origin-host`."""
+    started = [s.unit.removesuffix(".service") for s in made if isinstance(s, plan.StartUnit)]
+    assert started[0] == "systemd-journald" and "origin-host" in started
+    return [name for name in started[1:] if name != "origin-host"]
 
 
 MASTER_CONFIG, NODE_CONFIG = f"{MASTER}/master-config.yaml", f"{NODE}/node-config.yaml"

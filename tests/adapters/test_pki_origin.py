@@ -30,6 +30,7 @@ OPENSHIFT = (*OPENSHIFT, "openshift.default.svc.cluster.local")
 KUBERNETES = tuple(name.replace("openshift", "kubernetes") for name in OPENSHIFT)
 MASTER_NAMES = sorted(("host-1", "www.example.org", *OPENSHIFT, *KUBERNETES))
 MASTER_ADDRESSES = ["10.77.0.11", "172.30.0.1"]
+REGISTRY = ["docker-registry.default.svc", "docker-registry.default.svc.cluster.local"]
 S, C = "serverAuth", "clientAuth"
 
 # file: signer, CN, O, EKU, SAN (DNS, IP), days
@@ -59,6 +60,7 @@ MASTER_ROWS = {
     "etcd-server": ("etcd-ca", "host-1", set(), {S}, "etcd", 1825),
     "etcd-peer": ("etcd-ca", "host-1", set(), {S, C}, "etcd", 1825),
     "master.etcd-client": ("etcd-ca", "host-1", set(), {C}, "etcd", 1825),
+    "registry": ("ca", REGISTRY[0], set(), {S}, "registry", 730),
     "node.server": ("ca", "10.77.0.11", set(), {S}, "node", 730),
     "node.client": ("ca", "system:node:host-1", {"system:nodes"}, {C}, "", 730),
 }
@@ -84,6 +86,7 @@ class Host:
     def order(self, masters: tuple[Member, ...], fingerprint: str = "ab" * 32) -> Order:
         value = Value(1, fingerprint, masters, True, 3)
         options = {**OPTIONS["origin"], "origin_public_hostname": "www.example.org"}
+        options["origin_images_registry"] = "registry.example.org/registry:v1"
         leaves = make_leaves(ORIGIN, value, self.member, "demo", options)
         master = self.role is Role.MASTER
         shared = make_leaves(ORIGIN, value, masters[0], "demo", options)
@@ -150,6 +153,8 @@ def san_of(kind: str, number: int = 1) -> tuple[list[str], list[str]]:
     """The DNS names and the IP addresses, in their order."""
     if kind == "master":
         return [*MASTER_NAMES, *MASTER_ADDRESSES], MASTER_ADDRESSES
+    if kind == "registry":
+        return REGISTRY, []
     name, address = f"host-{number}", f"10.77.0.{10 + number}"
     return ([name] if kind == "etcd" else [name, address]), [address]
 

@@ -15,6 +15,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 
+from tests.origin import objects
+
 MAX_BODY = 1 << 20
 SECONDS = 10.0  # for one request
 User = tuple[str, set[str]]
@@ -64,13 +66,13 @@ def _decode(text: str) -> bytes:
 
 
 class Api:
-    """Nodes and the secrets of namespaces, in memory: nodes and controllers bring them again."""
+    """Nodes and objects, in memory: nodes and controllers bring theirs again."""
 
     def __init__(self, keys: list[rsa.RSAPublicKey]) -> None:
         self.keys = keys
         self.ready = False
         self.nodes: dict[str, dict[str, Any]] = {}
-        self.secrets: dict[str, dict[str, dict[str, Any]]] = {}
+        self.objects: objects.Store = {}
         self._lock = threading.Lock()
 
     def user(self, certificate: dict[str, Any] | None, bearer: str) -> User | None:
@@ -82,7 +84,8 @@ class Api:
             return names[0], groups | {"system:authenticated"}
         if not bearer:
             return ANONYMOUS
-        stored = [s["data"]["token"] for of in self.secrets.values() for s in of.values()]
+        held = [of for path, of in self.objects.items() if path.endswith("/secrets")]
+        stored = [s["data"].get("token") for of in held for s in of.values()]
         if base64.b64encode(bearer.encode()).decode() not in stored:
             return None
         return token_user(bearer, self.keys)
@@ -99,8 +102,8 @@ class Api:
                     return self._whoami(user)
                 case [_, "api", "v1", "nodes", *rest]:
                     return self._node(method, rest, user, body)
-                case [_, "api", "v1", "namespaces", namespace, "secrets"]:
-                    return self._secret(method, namespace, user, body)
+                case [_, *where] if objects.collection("/".join(where)):
+                    return self._object(method, "/".join(where), user, body)
         return 404, {"kind": "Status", "message": f"there is no {path}"}
 
     def _whoami(self, user: User) -> Answer:
@@ -125,13 +128,17 @@ class Api:
             self.nodes[name]["status"] = body["status"]
         return 200, self.nodes[name]
 
-    def _secret(self, method: str, namespace: str, user: User, body: Any) -> Answer:
+    def _object(self, method: str, path: str, user: User, body: Any) -> Answer:
         if not user[1] & ADMINS:
-            return _forbidden(user, f"secrets of {namespace}")
-        held = self.secrets.setdefault(namespace, {})
+            return _forbidden(user, path)
         if method == "POST":
-            return 200, held.setdefault(body["metadata"]["name"], body)
-        return 200, {"kind": "SecretList", "items": list(held.values())}
+            try:
+                made = objects.create(self.objects, path, body)
+            except objects.Invalid as error:
+                return 422, {"kind": "Status", "message": f"{body['metadata']['name']}: {error}"}
+            name = body["metadata"]["name"]
+            return (201, body) if made else (409, {"message": f"{name} already exists"})
+        return 200, {"kind": "List", "items": list(self.objects.get(path, {}).values())}
 
 
 def _forbidden(user: User, what: str) -> Answer:

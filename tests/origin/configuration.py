@@ -7,6 +7,7 @@ not work (no `clientCA`: nobody is known), this refuses too.
 from __future__ import annotations
 
 import ipaddress
+import json
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -141,6 +142,17 @@ def master(path: Path, root: Path = Path("/")) -> Configuration:
     hosts += [str(found.get("kubernetesMasterConfig.masterIP")), *_SERVICE]
     found.serving([*hosts, str(subnet[1])], loopback.authority)
     return found
+
+
+def first_policy(found: Configuration) -> None:
+    """Until 3.7 the API server reads its first policy from a file, if the configuration says so."""
+    key = "policyConfig.bootstrapPolicyFile"
+    if not found.find(key):
+        return
+    try:
+        json.loads(found.read(key))
+    except ValueError as error:
+        raise Refused(f"{key}: {error}") from error
 
 
 def loopback_kubeconfig(found: Configuration) -> Kubeconfig:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-SOURCES = ("__init__", "api", "configuration", "credentials", "openshift")
+SOURCES = ("__init__", "api", "configuration", "credentials", "objects", "openshift")
 PROGRAM = """#!/usr/bin/python3 -I
 import sys
 from pathlib import Path
@@ -111,7 +111,9 @@ def config(what: str, binds: Iterable[Bind]) -> str:
         {"destination": to, "type": "bind", "source": source, "options": ["bind", mode]}
         for source, to, mode in (*PYTHON, *binds)
     ]
+    # The real node asks for nearly all there are, also for what some hosts cannot give.
     caps = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
+    caps += [] if what == "master" else ["CAP_SYS_ADMIN", "CAP_SYS_RESOURCE", "CAP_NET_ADMIN"]
     command = ["$COMMAND"] if what == "master" else []
     tree = {
         "ociVersion": "1.0.0",
@@ -152,7 +154,7 @@ def exports() -> dict[str, tuple[str, tuple[Bind, ...], str, dict[str, str]]]:
         kind=NOTIFY,
         wanted="$DOCKER_SERVICE",
     )
-    # The real one's fault is kept: with openshift-ansible's value only WantedBy is right.
+    # The real one's fault is kept: with a value that orders it, WantedBy has a suffix too many.
     switch = UNIT.format(
         order="After=$DOCKER_SERVICE\nRequires=$DOCKER_SERVICE\nPartOf=$DOCKER_SERVICE\n",
         environment="",
@@ -219,6 +221,10 @@ def build(directory: Path) -> None:
                 subprocess.run(["umoci", *words], check=True, stdout=subprocess.DEVNULL)
             shutil.rmtree(directory / name, ignore_errors=True)
             shutil.copytree(layout, directory / name)
+    # They need no kernel module and raise no limit, so nothing of Origin is left out.
+    (directory / "document.yaml").write_text(
+        "origin: {network: {plugin: ovs-subnet}, unidling: true}\n"
+    )
     if not (directory / "etcd").exists():
         program = PROJECT / "firstboot/payloads/etcd/build-image"
         subprocess.run([program, directory / "etcd"], check=True, stdout=subprocess.DEVNULL)

@@ -1,8 +1,10 @@
-"""A double of `openshift` and `oc` 3.9 that refuses what the real ones refuse.
+"""A double of `openshift` and `oc` 3.6 to 3.9 that refuses what the real ones refuse.
 
 openshift start master api --config=F --listen=https://0.0.0.0:8443
 openshift start master controllers --config=F --listen=https://0.0.0.0:8444
+openshift start master --config=F                      both in one process, as 3.6 with one master
 openshift start node --config=F
+openshift admin create-bootstrap-policy-file --filename=F       until 3.7
 oc --config=F whoami | get nodes -o json | serviceaccounts get-token NAME -n NAMESPACE
 """
 
@@ -31,6 +33,7 @@ from tests.origin.credentials import Kubeconfig, Refused
 PAUSE = 5.0  # seconds between two reports
 ETCD_SECONDS = 60.0
 ROUTES = Path("/proc/net/route")
+ROOT = Path(os.environ.get("DOUBLE_ROOT", "/"))  # where absolute paths of configurations begin
 
 
 def ask(kubeconfig: Kubeconfig, method: str, path: str, body: Any = None) -> Any:
@@ -76,9 +79,10 @@ def default_route(text: str) -> bool:
 def start_api(found: Configuration, listen: str) -> None:
     if not default_route(ROUTES.read_text()):
         raise Refused("Unable to find suitable network address: there is no default route")
+    configuration.first_policy(found)
     api = Api(configuration.public_keys(found))
     context = serving(found, ssl.CERT_OPTIONAL)
-    serve(address(listen), context, api)
+    serve(address(listen or str(found.get("servingInfo.bindAddress"))), context, api)
     wait_for_etcd(found)
     api.ready = True
     print("etcd answers; ready", flush=True)
@@ -104,18 +108,20 @@ def wait_for_etcd(found: Configuration) -> None:
     raise Refused(f"etcdClientInfo.urls: nobody answers within {ETCD_SECONDS:g} s; {said}")
 
 
-def start_controllers(found: Configuration, listen: str) -> None:
+def start_controllers(found: Configuration, listen: str = "") -> None:
     """Makes the service accounts' tokens, through the API, and says that it is well."""
     loopback = configuration.loopback_kubeconfig(found)
     where = "serviceAccountConfig.privateKeyFile"
     key = credentials.private_key(found.read(where), where)
     state = Api([])
-    serve(address(listen), serving(found, ssl.CERT_OPTIONAL), state)
+    if listen:  # in one process with the API, its health is the API's
+        serve(address(listen), serving(found, ssl.CERT_OPTIONAL), state)
     while True:
         for name in found.get("serviceAccountConfig.managedNames"):
             token = base64.b64encode(make_token("default", name, key).encode()).decode()
             secret = {
                 "kind": "Secret",
+                "apiVersion": "v1",
                 "type": "kubernetes.io/service-account-token",
                 "metadata": {
                     "name": f"{name}-token",
@@ -126,6 +132,10 @@ def start_controllers(found: Configuration, listen: str) -> None:
             try:
                 ask(loopback, "POST", "/api/v1/namespaces/default/secrets", secret)
                 state.ready = True
+            except urllib.error.HTTPError as error:
+                state.ready = error.code == 409  # it is there already
+                if not state.ready:
+                    print(f"{loopback.server}: {error}", flush=True)
             except OSError as error:
                 print(f"{loopback.server}: {error}", flush=True)
         time.sleep(PAUSE)
@@ -144,7 +154,12 @@ def start_node(found: Configuration, master: Kubeconfig) -> None:
     told = False
     while True:
         try:
-            node = {"kind": "Node", "metadata": {"name": name}, "status": {"conditions": []}}
+            node = {
+                "kind": "Node",
+                "apiVersion": "v1",
+                "metadata": {"name": name},
+                "status": {"conditions": []},
+            }
             ask(master, "POST", "/api/v1/nodes", node)
             ask(master, "PUT", f"/api/v1/nodes/{name}/status", {"status": status})
             if not told:
@@ -162,18 +177,28 @@ def start_node(found: Configuration, master: Kubeconfig) -> None:
 def openshift(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("openshift", description=__doc__)
     parser.add_argument("words", nargs="+")
-    parser.add_argument("--config", required=True, type=Path)
+    parser.add_argument("--config", type=Path)
     parser.add_argument("--listen", default="")
+    parser.add_argument("--filename", type=Path)
     for ignored in ("--master", "--loglevel"):
         parser.add_argument(ignored)
     given = parser.parse_args(arguments)
+    if given.words == ["admin", "create-bootstrap-policy-file"] and given.filename:
+        given.filename.write_text(json.dumps({"kind": "PolicyList", "apiVersion": "v1"}))
+        return
+    if given.config is None:
+        raise Refused("--config: Required value")
     match given.words:
         case ["start", "master", "api"]:
-            start_api(configuration.master(given.config), given.listen)
+            start_api(configuration.master(given.config, ROOT), given.listen)
         case ["start", "master", "controllers"]:
-            start_controllers(configuration.master(given.config), given.listen)
+            start_controllers(configuration.master(given.config, ROOT), given.listen)
+        case ["start", "master"]:
+            found = configuration.master(given.config, ROOT)
+            start_api(found, given.listen)
+            start_controllers(found)
         case ["start", "node"]:
-            start_node(*configuration.node(given.config))
+            start_node(*configuration.node(given.config, ROOT))
         case words:
             raise Refused(f"unknown command: {' '.join(words)}")
     while True:
@@ -211,7 +236,7 @@ def container(arguments: list[str]) -> None:
         Path("/etc/openvswitch/system-id.conf").write_text("double\n")
         notify()
         time.sleep(1e9)
-    known = exported(Path(f"/run/{name}-env").read_text())
+    known = exported((ROOT / f"run/{name}-env").read_text())
     options = shlex.split(known.get("OPTIONS", "--loglevel=2"))
     default = "/etc/origin/node/node-config.yaml" if what == "node" else ""
     config = known.get("CONFIG_FILE", default)

@@ -49,6 +49,7 @@ _MASTER_HOSTS = (
     "kubernetes.default.svc.cluster.local",
     "${service_ip}",
 )
+_REGISTRY_HOSTS = ("docker-registry.default.svc", "docker-registry.default.svc.cluster.local")
 _ETCD_HOSTS = ("${address}", "${name}")
 
 
@@ -88,6 +89,9 @@ MASTER_LEAVES = (
     _etcd("etcd-server", Profile.SERVER),
     _etcd("etcd-peer", Profile.PEER),
     _etcd("master.etcd-client", Profile.CLIENT),
+    Leaf(
+        "registry", "ca", Profile.SERVER, hosts=_REGISTRY_HOSTS, chain=True, when="${registry_here}"
+    ),
     *_node("${node_here}"),
 )
 NODE_LEAVES = _node("true")

@@ -29,6 +29,8 @@ NODE_DIRECTORY, ETCD_DIRECTORY = "/etc/origin/node", "/etc/etcd"
 API, CONTROLLERS, SINGLE = "origin-master-api", "origin-master-controllers", "origin-master"
 NODE, OPENVSWITCH = "origin-node", "openvswitch"
 HOSTS = "@{hosts}"  # lines of hosts(5), by `supply`
+REGISTRY_TRUST = "/etc/docker/certs.d/docker-registry.default.svc:5000"
+HOST_UNIT = "origin-host.service"
 _FILES = Path(__file__).parent / "files"
 _MASTERS_ONLY, _SECRET = 0o700, 0o600
 
@@ -41,11 +43,13 @@ def text_of(name: str) -> str:
 # ---------------------------------------------------------------- certificates and kubeconfigs
 
 
-def _pair(directory: str, name: str, credential: str = "", public: int = 0o644) -> Iterator[Step]:
+def _pair(
+    directory: str, name: str, credential: str = "", public: int = 0o644, when: str = "true"
+) -> Iterator[Step]:
     """A certificate and its key."""
-    source = credential or name
-    yield WriteFile(f"{directory}/{name}.crt", credential=f"{source}.crt", mode=public)
-    yield WriteFile(f"{directory}/{name}.key", credential=f"{source}.key", mode=_SECRET)
+    for half, mode in (("crt", public), ("key", _SECRET)):
+        source = f"{credential or name}.{half}"
+        yield WriteFile(f"{directory}/{name}.{half}", credential=source, mode=mode, when=when)
 
 
 def _kubeconfig(
@@ -91,7 +95,7 @@ def _master_pki() -> Iterator[Step]:
     yield from _pair(here, "frontproxy-ca", "front-proxy-ca")
     for leaf in MASTER_LEAVES:
         if leaf.signer in ("ca", "front-proxy-ca") and not leaf.name.startswith("node."):
-            yield from _pair(here, leaf.name)
+            yield from _pair(here, leaf.name, when=leaf.when)
     for half in ("private", "public"):
         name = f"{SERVICE_ACCOUNTS}.{half}.key"
         yield WriteFile(f"{here}/{name}", credential=name, mode=_SECRET)
@@ -128,8 +132,10 @@ def _etcd_files() -> Iterator[Step]:
 
 def _node_pki(when: str) -> Iterator[Step]:
     here, anchors = NODE_DIRECTORY, "/etc/pki/ca-trust/source/anchors"
-    for path in (f"{here}/ca.crt", f"{anchors}/openshift-ca.crt"):
+    # The same authority by the names that openshift-ansible, Origin's own program and docker know.
+    for path in (f"{here}/ca.crt", f"{here}/node-client-ca.crt", f"{anchors}/openshift-ca.crt"):
         yield WriteFile(path, credential="ca.crt", when=when)
+    yield WriteFile(f"{REGISTRY_TRUST}/node-client-ca.crt", credential="ca.crt", when=when)
     user = "system:node:${name}"
     for name, credential in (("server", "node.server"), (user, "node.client")):
         yield WriteFile(f"{here}/{name}.crt", credential=f"{credential}.crt", when=when)
@@ -172,10 +178,22 @@ def host(node: str) -> Iterator[Step]:
         restarts=dnsmasq,
         when=when,
     )
+    yield from _limits()
     text = 'DOCKER_NETWORK_OPTIONS="--mtu=1450"\n'
     yield WriteFile("/etc/sysconfig/docker-network", text, restarts="docker.service")
     yield StartUnit(dnsmasq, ports=("${address}:53",), when=when)
     yield StartUnit("docker.service")
+
+
+def _limits() -> Iterator[Step]:
+    """What the host's other services are told: its journal, its firewall, SELinux."""
+    journald = "systemd-journald.service"
+    path = "/etc/systemd/journald.conf.d/50-origin.conf"
+    yield WriteFile(path, text_of("journald.conf"), restarts=journald)
+    yield StartUnit(journald, lasting=False)
+    path = f"/etc/systemd/system/{HOST_UNIT}"
+    yield WriteFile(path, text_of("host.service"), restarts=HOST_UNIT)
+    yield WriteFile("/etc/origin/host", text_of("host.sh"), mode=0o755, restarts=HOST_UNIT)
 
 
 _BOUND = (
@@ -225,6 +243,9 @@ def node_files(when: str) -> Iterator[Step]:
         "IMAGE_VERSION=${image_version}\n"
     )
     yield WriteFile(f"/etc/sysconfig/{NODE}", text, when=when)
+    yield WriteFile(
+        f"{NODE_DIRECTORY}/node-registration.json", text_of("node-registration.json"), when=when
+    )
     # Origin 3.6 and 3.7 want the file to be there; openshift-ansible fills it for docker only.
     yield WriteFile(f"/etc/sysconfig/{NODE}-dep", "", when=when)
     version = "IMAGE_VERSION=${image_version}\n"
@@ -248,6 +269,7 @@ def master_files() -> Iterator[Step]:
     yield MakeDirectory("/etc/origin/generated-configs", _MASTERS_ONLY, when="${founder_here}")
     yield from _master_pki()
     yield from _etcd_files()
+    yield WriteFile("/etc/origin/inventory", text_of("inventory"))
     config = text_of("master-config.yaml")
     path = f"{MASTER_DIRECTORY}/master-config.yaml"
     for name, when in ((API, "${split}"), (SINGLE, "${single}")):

@@ -19,6 +19,7 @@ from firstboot.payloads.origin.configuration import (
     API,
     CONTROLLERS,
     ETCD_DIRECTORY,
+    HOST_UNIT,
     NODE,
     NODE_DIRECTORY,
     OPENVSWITCH,
@@ -29,6 +30,7 @@ from firstboot.payloads.origin.configuration import (
     node_files,
     text_of,
 )
+from firstboot.payloads.origin.objects import objects
 from firstboot.payloads.origin.variables import CONTROLLERS_PORT, derive
 from firstboot.protocol.model import Profile
 from firstboot.protocol.plan import (
@@ -132,7 +134,11 @@ def _master_containers() -> Iterator[Step]:
 
 def _node_containers(when: str) -> Iterator[Step]:
     yield InstallContainer(
-        OPENVSWITCH, "${image_openvswitch}", (("DOCKER_SERVICE", "docker"),), when="${ovs_here}"
+        OPENVSWITCH,
+        "${image_openvswitch}",
+        # With openshift-ansible's value, "docker", systemd ignores the order and the dependency.
+        (("DOCKER_SERVICE", "docker.service"),),
+        when="${ovs_here}",
     )
     yield InstallContainer(
         NODE,
@@ -222,8 +228,10 @@ ORIGIN = Payload(
             *master_files(),
             *node_files("${node_here}"),
             *names(),
+            StartUnit(HOST_UNIT),
             *_start_master(),
             *_start_node("${node_here}"),
+            *objects(),
         ),
         leaves=MASTER_LEAVES,
     ),
@@ -235,6 +243,7 @@ ORIGIN = Payload(
             *_node_containers("true"),
             *node_files("true"),
             *names(),
+            StartUnit(HOST_UNIT),
             *_start_node("true"),
         ),
         leaves=NODE_LEAVES,

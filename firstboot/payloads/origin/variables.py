@@ -10,6 +10,10 @@ from collections.abc import Iterable, Mapping
 API_PORT = 8443
 CONTROLLERS_PORT = 8444
 IMAGES = "docker.io/openshift"
+# What other hosts and people reach, as openshift-ansible opens it, and what firstboot itself needs.
+MASTER_TCP, MASTER_UDP = ("8443", "8444", "8053", "2379", "2380", "7443"), ("8053",)
+NODE_TCP = ("53", "80", "443", "1936", "9000:10000", "10250", "10256")
+NODE_UDP = ("53", "4789")
 POLICY_KEY = "  bootstrapPolicyFile: policy.json\n"  # ends with Origin 3.7
 AGGREGATOR = """\
 aggregatorConfig:
@@ -59,13 +63,27 @@ def derive(known: Mapping[str, str]) -> dict[str, str]:
     public_host = known["origin_public_hostname"] or api_host
     networks = (known["origin_network_services_cidr"], known["origin_network_cluster_cidr"])
     services = ipaddress.ip_network(networks[0])
+    founder, master = known["name"] == known["founder_name"], known["role"] == "master"
     return {
         "release": release,
         "image_version": known["origin_version"],
         "service_ip": str(services.network_address + 1),
         "node_here": _flag(here),
-        "founder_elsewhere": _flag(known["name"] != known["founder_name"]),
-        "founder_here": _flag(known["name"] == known["founder_name"]),
+        "founder_elsewhere": _flag(not founder),
+        "founder_here": _flag(founder),
+        "router_here": _flag(founder and bool(known["origin_images_router"])),
+        "registry_here": _flag(founder and bool(known["origin_images_registry"])),
+        "infra_selector": known["origin_infra_selector"],
+        "open_tcp": " ".join((*(MASTER_TCP if master else ()), *NODE_TCP)),
+        "open_udp": " ".join((*(MASTER_UDP if master else ()), *NODE_UDP)),
+        "node_labels_json": known["origin_labels"],
+        "api_host": api_host,
+        "public_host": public_host,
+        "ansible_release": f"v{release.removeprefix('v')}",
+        "ansible_network": "openshift_use_openshift_sdn=false\nos_sdn_network_plugin_name=cni"
+        if plugin == "none"
+        else f"os_sdn_network_plugin_name=redhat/openshift-{plugin}",
+        "inventory_masters": known["master_names"].replace(",", "\n"),
         "dns_here": _flag(dns),
         "dns_node_here": _flag(dns and here),
         # Without a name server of the host's own, pods ask the API server's by its service.
