@@ -9,7 +9,7 @@
 # make mutants    the core with one rule broken each must fail in the simulator; REPORT=path
 # make explore    every interleaving of three voters, in larger bounds than the tests'
 # make demo       watch HOSTS=3 machines become a cluster; KEEP=1 leaves them running
-# make acceptance  three machines become an Origin cluster: ORIGIN_IMAGES=DIR, or test doubles
+# make acceptance  three machines become an Origin cluster: ORIGIN_IMAGES=DIR, or test doubles; FAULT=san
 # make image      the image the machines boot from, under build/image
 # make install    DESTDIR= PREFIX=/usr; needs no pip
 # make overlay    the same as numbered layers for image builders, in build/overlay
@@ -20,7 +20,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup packages check test machines scenarios sim mutants chaos bench explore demo acceptance image install overlay lock clean
+.PHONY: help setup packages check test machines scenarios sim mutants chaos bench explore demo acceptance image origin-image install overlay lock clean
 
 PREFIX ?= /usr
 DESTDIR ?=
@@ -30,6 +30,7 @@ HOSTS ?= 3
 MASTERS ?= 1
 KEEP ?=
 ORIGIN_IMAGES ?=
+FAULT ?=
 SEEDS ?= 500
 RUNS ?= 20
 SEED ?= 0
@@ -105,10 +106,10 @@ check: setup
 image: setup
 	@$(SUDO) tests/machines/image >/dev/null
 
-test: image
+test: image origin-image
 	$(SUDO) $(VENV)/python -m pytest $(PYTEST_ARGS)
 
-machines: image
+machines: image origin-image
 	$(SUDO) $(VENV)/python -m pytest -m machine $(PYTEST_ARGS)
 
 scenarios: image
@@ -139,9 +140,13 @@ explore: setup
 demo: image
 	@$(SUDO) $(VENV)/python -m tests.machines.demo --hosts $(HOSTS) --masters $(MASTERS) $(if $(KEEP),--keep)
 
-acceptance: image
+# With docker, dnsmasq and what else Origin's hosts have.
+origin-image: setup
+	@$(SUDO) tests/machines/image origin >/dev/null
+
+acceptance: origin-image
 	@$(SUDO) $(VENV)/python -m tests.machines.acceptance \
-		$(if $(ORIGIN_IMAGES),--images $(ORIGIN_IMAGES))
+		$(if $(ORIGIN_IMAGES),--images $(ORIGIN_IMAGES)) $(if $(FAULT),--fault $(FAULT))
 
 # ---- the product ----
 

@@ -1,8 +1,10 @@
 """``make acceptance``: three machines become an OpenShift Origin cluster, from the images in a DIR.
 
-DIR holds OCI layouts called origin, node, openvswitch and etcd. Without one the test doubles of
-tests/origin are built and used. It passes when all three nodes are Ready, `oc whoami` is
-system:admin, and a service account's token is taken, and a spoilt one not.
+DIR holds OCI layouts called origin, node, openvswitch and etcd, and nothing else is needed. Docker
+and dnsmasq are the machines' own, Debian's (`tests/machines/image origin`). A file document.yaml in
+DIR is merged into the document the machines boot with. Without DIR the test doubles of tests/origin
+are built and used. It passes when all three nodes are Ready, `oc whoami` is system:admin, and a
+service account's token is taken, and a spoilt one not.
 """
 
 from __future__ import annotations
@@ -10,26 +12,34 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
 
+from firstboot.userdata import make_token
 from tests.machines.demo import Failed, display, inside, watch
-from tests.machines.document import document, user_data
-from tests.machines.rig import IMAGE, PROJECT, Machine, Rig
+from tests.machines.document import user_data
+from tests.machines.rig import PROJECT, Machine, Rig
 from tests.machines.view import table
-from tests.network.run import wait_until
+from tests.network.run import legacy_cgroups, wait_until
 from tests.origin import images
 
 PARTS = ("origin", "node", "openvswitch", "etcd")
+IMAGE = PROJECT / "build/image/layers-origin"
 INSIDE = "/usr/lib/firstboot/images"  # of each machine: DIR, read-only
 TAG = "org.opencontainers.image.ref.name"
 BUILD = PROJECT / "build/acceptance"
 ADMIN = "/etc/origin/master/admin.kubeconfig"
 HOSTS, LINES, READY_SECONDS = 3, 12, 60.0
+INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
+SYS_RESOURCE = 24  # capabilities(7)
 # Who the API says the bearer of the token on stdin is, over TLS that is verified.
 ASK = """
 import ssl, sys, json, urllib.error, urllib.request
@@ -41,8 +51,32 @@ try:
 except urllib.error.HTTPError as error:
     print(error.code)
 """
-# What a machine image for Origin has, and the tests' has not. The doubles do not use them.
-STAND_IN = "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n"
+# What is wrong on a master before its API server starts, with --fault: as by somebody's mistake.
+FAULT = "/etc/firstboot-fault"  # of each machine: the fault's name
+FAULTS = {
+    "san": "a serving certificate without the master's address",
+    "signer": "the service signer's certificate is missing",
+    "cidr": "clusterNetworkCIDR is not what clusterNetworks says",
+}
+FAULT_SCRIPT = f"""#!/bin/sh
+set -eu
+cd /etc/origin/master
+for saved in *.saved; do [ ! -e "$saved" ] || cp -a "$saved" "${{saved%.saved}}"; done
+for file in master.server.crt service-signer.crt master-config.yaml; do
+    [ -e "$file.saved" ] || cp -a "$file" "$file.saved"
+done
+case $(cat {FAULT}) in
+san) openssl req -new -subj /CN=elsewhere -key master.server.key |
+    openssl x509 -req -CA ca.crt -CAkey ca.key -set_serial 4711 -out master.server.crt 2>/dev/null \
+        -extfile /dev/fd/3 3<<-END
+	extendedKeyUsage=serverAuth
+	subjectAltName=DNS:elsewhere
+	END
+    ;;
+signer) rm service-signer.crt ;;
+cidr) sed -i 's|clusterNetworkCIDR:.*|clusterNetworkCIDR: "10.0.0.0/14"|' master-config.yaml ;;
+esac
+"""
 
 
 def references(directory: Path) -> dict[str, str]:
@@ -62,25 +96,77 @@ def references(directory: Path) -> dict[str, str]:
     return found
 
 
-def stand_ins(directory: Path) -> Path:
-    """The machine image with units called docker and dnsmasq that do nothing; its `layers`."""
-    layer = directory / "stand-ins"
-    units, binary = layer / "etc/systemd/system", layer / "usr/bin/docker"
-    for path in (units, binary.parent):
-        path.mkdir(parents=True, exist_ok=True)
-    for name in ("docker", "dnsmasq"):
-        (units / f"{name}.service").write_text(STAND_IN)
-    binary.write_text("#!/bin/sh\n")
-    binary.chmod(0o755)
-    layers = directory / "stand-ins.layers"
+def limits() -> dict[str, Any]:
+    """Options of the payload that machines on this kernel need, where real images run in them."""
+    options: dict[str, Any] = {
+        # The machines share one kernel, its cgroups and its swap, and docker is Debian's.
+        "kubelet_arguments": {
+            "cgroup-driver": ["cgroupfs"],
+            "cgroups-per-qos": ["false"],
+            "enforce-node-allocatable": [""],
+            "fail-swap-on": ["false"],
+        }
+    }
+    if not _has_module("openvswitch"):
+        options["network"] = {"plugin": "none"}
+    status = Path("/proc/self/status").read_text()
+    if not int(status.partition("CapBnd:")[2].split()[0], 16) >> SYS_RESOURCE & 1:
+        options["unidling"] = False
+    return options
+
+
+def _has_module(name: str) -> bool:
+    if Path(f"/sys/module/{name}").exists():
+        return True
+    with suppress(OSError):
+        return (
+            subprocess.run(["modprobe", "--quiet", "--dry-run", name], check=False).returncode == 0
+        )
+    return False
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` wins; mappings are merged."""
+    both = dict(under)
+    for key, item in over.items():
+        old = both.get(key)
+        nested = isinstance(old, Mapping) and isinstance(item, Mapping)
+        both[key] = merged(old, item) if nested else item  # type: ignore[arg-type]
+    return both
+
+
+def document(directory: Path, **more: Any) -> dict[str, Any]:
+    """What all machines boot with: the images of DIR, this kernel's limits, DIR/document.yaml."""
+    given: Any = {}
+    own = directory / "document.yaml"
+    if own.exists():
+        given = yaml.safe_load(own.read_text()) or {}
+        if not isinstance(given, dict):
+            raise Failed(f"{own} is not a mapping")
+    base = {
+        "cluster": "demo",
+        "token": make_token(),
+        "expect": HOSTS,
+        "payload": "origin",
+        "origin": {"images": references(directory), **limits()},
+    }
+    return merged(merged(base, given), more)
+
+
+def fault_layer(directory: Path, name: str) -> Path:
+    """The machine image with a fault in it; its `layers`."""
+    layer = directory / "fault"
+    drop_in = layer / "etc/systemd/system/origin-master-api.service.d/99-fault.conf"
+    script = layer / "usr/local/bin/firstboot-fault"
+    for path in (drop_in, script):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    drop_in.write_text("[Service]\nExecStartPre=/usr/local/bin/firstboot-fault\n")
+    script.write_text(FAULT_SCRIPT)
+    script.chmod(0o755)
+    (layer / FAULT[1:]).write_text(f"{name}\n")
+    layers = directory / "fault.layers"
     layers.write_text(f"{layer}\n{IMAGE.read_text()}")
     return layers
-
-
-def origin_data(found: dict[str, str]) -> str:
-    """The user-data all three machines share."""
-    names = ", ".join(f"{part}: '{name}'" for part, name in found.items())
-    return user_data(document(HOSTS, payload="origin", origin=f"{{images: {{{names}}}}}"))
 
 
 # ---------------------------------------------------------------- the proof
@@ -153,40 +239,60 @@ def explain(machine: Machine) -> None:
         print(f"-- {unit}\n{machine.exec(*words, check=False).stdout}")
 
 
-def accept(directory: Path, image: Path, timeout: float) -> list[tuple[str, str]]:
-    """Boot, wait, prove; says why on every machine when that fails."""
-    found = references(directory)
-    binds = (f"{directory.resolve()}:{INSIDE}",)
-    # Origin's network wants ip_forward, so /proc/sys/net must be writable inside.
-    environment = {"SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network"}
-    with Rig(HOSTS, origin_data(found), image=image, binds=binds, environment=environment) as rig:
-        rig.start()
-        try:
-            with display(Console()) as show:
-                watch(rig, timeout, show)
-            return list(prove(rig))
-        except Failed:
-            for machine in rig:
-                explain(machine)
-            raise
+def machines(directory: Path, image: Path, shown: Mapping[str, Any]) -> Rig:
+    """Three machines that boot with this document and find DIR's images."""
+    raise_inotify()
+    text = user_data(yaml.safe_dump(dict(shown), sort_keys=False))
+    return Rig(
+        HOSTS,
+        text,
+        image=image,
+        binds=(f"{directory.resolve()}:{INSIDE}",),
+        # Origin's network and its proxy write to /proc/sys/net.
+        environment={"SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network"},
+        legacy=legacy_cgroups(),
+    )
+
+
+def raise_inotify() -> None:
+    """A kubelet watches a lot, and all machines share one limit."""
+    if int(INOTIFY.read_text()) < 8192:
+        INOTIFY.write_text("8192")
+
+
+def judge(rig: Rig, timeout: float) -> list[tuple[str, str]]:
+    """Wait, and prove; Failed, after it was said why of every machine."""
+    try:
+        with display(Console()) as show:
+            watch(rig, timeout, show)
+        return list(prove(rig))
+    except Failed:
+        for machine in rig:
+            explain(machine)
+        raise
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("acceptance", description=__doc__)
     parser.add_argument("--images", type=Path, metavar="DIR")
-    parser.add_argument("--image", type=Path, help="the machines' image: a file `layers`")
+    parser.add_argument("--fault", choices=FAULTS, help="break this on purpose: it must be refused")
     parser.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS")
     given = parser.parse_args(arguments)
     if os.geteuid():
         print("acceptance: needs root", file=sys.stderr)
         return 77
     BUILD.mkdir(parents=True, exist_ok=True)
+    directory = given.images or BUILD / "images"
     with tempfile.TemporaryDirectory(dir=BUILD) as work:
         if not given.images:
-            images.build(BUILD / "images")
+            images.build(directory)
         try:
-            image = given.image or stand_ins(Path(work))
-            proof = accept(given.images or BUILD / "images", image, given.timeout)
+            shown = document(directory)
+            print("document:", yaml.safe_dump(shown | {"token": "(hidden)"}), sep="\n")
+            image = fault_layer(Path(work), given.fault) if given.fault else IMAGE
+            with machines(directory, image, shown) as rig:
+                rig.start()
+                proof = judge(rig, given.timeout)
         except Failed as error:
             print(f"\nFAILED: {error}", *getattr(error, "__notes__", ()), sep="\n")
             return 1

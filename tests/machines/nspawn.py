@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.network.run import make_cgroup
+
 REBOOTED = 133  # nspawn's exit status when the machine asks for a reboot and there is no unit
 
 # $1 image layers, $2 the machine's directory, $3 number of cgroups, then these, then the command.
@@ -51,6 +53,7 @@ class Hardware:
     words: Sequence[str] = ()  # the kernel's command line, as far as a container has one
     loader: str = OVERLAY
     seed_at: str = SEED
+    legacy: bool = False  # cgroup v1 inside, and all capabilities, as an old kubelet wants them
 
     @property
     def console(self) -> Path:
@@ -74,7 +77,7 @@ class Boot:
         self._changed = threading.Condition()
         self._socket, address = _notify_socket(hardware.directory)
         for group in hardware.cgroups:
-            group.mkdir(parents=True, exist_ok=True)
+            make_cgroup(group)
         with hardware.console.open("ab") as console:
             self._process = subprocess.Popen(
                 _command(hardware),
@@ -85,7 +88,7 @@ class Boot:
                 env={
                     "PATH": os.environ["PATH"],
                     "NOTIFY_SOCKET": address,
-                    "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1",
+                    "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "0" if hardware.legacy else "1",
                     **hardware.environment,
                 },
             )
@@ -179,7 +182,7 @@ def _command(hardware: Hardware) -> list[str]:
         "--link-journal=no",
         "--resolv-conf=off",
         "--timezone=off",
-        "--capability=CAP_NET_ADMIN",
+        f"--capability={'all' if hardware.legacy else 'CAP_NET_ADMIN'}",
         # What OCI runtimes need inside: session keyrings, and device rules as BPF programs.
         "--system-call-filter=@keyring bpf",
     ]

@@ -223,7 +223,8 @@ class Rig:
     tests/machines/image wrote. `binds` are nspawn's ``SOURCE:TARGET``, read-only; `environment` is
     nspawn's own. `words` are the kernel's arguments: systemd and cloud-init read them from
     /proc/1/cmdline in a container. `disk` is told a machine's directory, makes what it boots from
-    there, and answers what of its `Hardware` is different for that.
+    there, and answers what of its `Hardware` is different for that. `legacy` machines have
+    cgroup v1 inside.
     """
 
     live: ClassVar[list[Rig]] = []
@@ -239,12 +240,14 @@ class Rig:
         environment: Mapping[str, str] | None = None,
         words: tuple[str, ...] = (),
         disk: Callable[[Path], Mapping[str, Any]] | None = None,
+        legacy: bool = False,
     ) -> None:
         if not image.exists():
             raise FileNotFoundError(f"{image} is missing: run `make image` as root")
         self._layers = [Path(line) for line in image.read_text().splitlines()]
         self._binds, self._environment, self._words = binds, environment or {}, words
         self._disk = disk or (lambda _: {})
+        self._legacy = legacy
         self.run = Run()
         try:
             _raise_inotify(self.run)
@@ -332,10 +335,11 @@ class Rig:
             directory=directory,
             seed=directory / "seed",
             namespace=self.network.namespace(number),
-            cgroups=cgroups(f"{self.run.prefix}/{number}"),
+            cgroups=cgroups(f"{self.run.prefix}/{number}", legacy=self._legacy),
             binds=self._binds,
             environment=self._environment,
             words=self._words,
+            legacy=self._legacy,
         )
         hardware = replace(hardware, **self._disk(directory))
         machine = Machine(number, hardware, self.network.address(number))

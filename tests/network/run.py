@@ -90,7 +90,7 @@ def live_runs() -> list[str]:
 
 def remove(prefix: str) -> None:
     """Remove every process, cgroup, namespace and file of one run."""
-    for group in cgroups(prefix):
+    for group in cgroups(prefix, legacy=True):
         _empty(group)
     for namespace in sorted(_NAMESPACES.glob(f"{prefix}-*")):
         _kill(_pids_in(namespace.name))
@@ -104,16 +104,34 @@ def remove(prefix: str) -> None:
         shutil.rmtree(RUNS / prefix, ignore_errors=True)
 
 
-def cgroups(name: str) -> list[Path]:
+def cgroups(name: str, *, legacy: bool = False) -> list[Path]:
     """The cgroup called `name` at the top of each hierarchy a machine needs one in.
 
     That is the one hierarchy of a cgroup v2 host, or systemd's own and the unified one of a
-    hybrid host (cgroups(7)). They need not exist.
+    hybrid host (cgroups(7)); for a `legacy` machine every controller's as well. They need not
+    exist.
     """
     top = Path("/sys/fs/cgroup")
     if (top / "cgroup.procs").exists():
         return [top / name]
-    return [top / kind / name for kind in ("unified", "systemd") if (top / kind).is_dir()]
+    first = [top / kind / name for kind in ("unified", "systemd") if (top / kind).is_dir()]
+    tops = {path.parent.resolve() for path in first}
+    others = sorted({path.resolve() for path in top.iterdir()} - tops) if legacy else []
+    return first + [path / name for path in others if (path / "cgroup.procs").exists()]
+
+
+def make_cgroup(group: Path) -> None:
+    """Make a cgroup with its parents; one of the CPUs' controller needs some to hold a process."""
+    for path in (group.parent, group):
+        path.mkdir(parents=True, exist_ok=True)
+        for name in ("cpuset.cpus", "cpuset.mems"):
+            if (path / name).exists() and not (path / name).read_text().strip():
+                (path / name).write_text((path.parent / name).read_text())
+
+
+def legacy_cgroups() -> bool:
+    """Whether this host still has the controllers of cgroup v1."""
+    return Path("/sys/fs/cgroup/memory/cgroup.procs").exists()
 
 
 def wait_until(met: Callable[[], object], timeout: float, what: str) -> None:
