@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,12 @@ DROP_INS = ("etc/firstboot/config.d", "run/firstboot/config.d")
 JOIN = f"{DROP_INS[0]}/90-join.yaml"  # the one-time token, from `firstboot join` until it joined
 ENABLED, DISABLED = "run/cloud-init/enabled", "run/cloud-init/disabled"  # its generator's markers
 COMBINED = "run/cloud-init/combined-cloud-config.json"  # cloud-init 23.3 and newer
-MERGED = "var/lib/cloud/instance/cloud-config.txt"
-RAW = "var/lib/cloud/instance/user-data.txt"
+# Before that a file for each origin; vendors' data, which the operator's wins over, comes first.
+INSTANCE = "var/lib/cloud/instance"
+MERGED = f"{INSTANCE}/cloud-config.txt"
+VENDORS = (f"{INSTANCE}/vendor-cloud-config.txt", f"{INSTANCE}/vendor2-cloud-config.txt")
+STAGES = "run/cloud-init/status.json"
+RAW = f"{INSTANCE}/user-data.txt"
 
 
 def find(root: Path) -> Document | None:
@@ -30,7 +35,7 @@ def find(root: Path) -> Document | None:
     mistake, LocalError for a file that cannot be read.
     """
     drop_ins = [path for folder in DROP_INS for path in _yaml_files(root, folder)]
-    said = [_cloud_init(root), *(_load(root, name) for name in (CONFIG, *drop_ins))]
+    said = [*_cloud_init(root), *(_load(root, name) for name in (CONFIG, *drop_ins))]
     if not any(layer for _, layer in said):
         return None
     defaults = [_load(root, name) for name in _yaml_files(root, DEFAULTS)]
@@ -48,18 +53,38 @@ def explain(root: Path) -> str:
     if not _mode(root, ENABLED):
         state = "disabled" if _mode(root, DISABLED) else "absent"
         return f"not configured: cloud-init is {state} and there is no /{CONFIG}"
+    trouble = _trouble(root)
+    look = "; see cloud-init status --long"
     if not _mode(root, COMBINED) and not _mode(root, MERGED):
-        return "not configured: cloud-init is enabled but has not stored any user-data"
+        reason = "is enabled but has not stored any user-data"
+        return f"not configured: cloud-init {reason}{trouble or look}"
     raw = read_file(root / RAW, f"/{RAW}")
     if raw and not _says_something(read_file(root / MERGED, f"/{MERGED}") or b""):
         return (
             "not configured: cloud-init ran but found no cloud-config in the user-data; "
-            "its first line must be #cloud-config and the rest valid YAML"
+            f"its first line must be #cloud-config and the rest valid YAML{trouble}"
         )
+    if trouble:
+        return f"not configured: cloud-init ran and there is no /{CONFIG}{trouble}"
     return (
         f"not configured: cloud-init ran but its user-data neither writes /{CONFIG} "
         "nor has a firstboot key"
     )
+
+
+def _trouble(root: Path) -> str:
+    """What failed in cloud-init, as the end of a sentence; empty if nothing did.
+
+    Names only: what it says of an error may quote the user-data, and so the token.
+    """
+    try:
+        stages = json.loads(read_file(root / STAGES, f"/{STAGES}") or b"{}")["v1"].values()
+        errors = [e for s in stages if isinstance(s, dict) for e in s.get("errors", ())]
+    except (LocalError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return ""
+    modules = [m[1] for e in errors if (m := re.match(r"\('([a-z0-9_-]{1,40})'", str(e)))]
+    failed = f"{', '.join(dict.fromkeys(modules))} failed" if modules else "something failed"
+    return f"; in cloud-init {failed}, see cloud-init status --long" if errors else ""
 
 
 def written(root: Path) -> list[Path]:
@@ -86,11 +111,11 @@ def read_file(path: Path, name: str) -> bytes | None:
         raise LocalError(f"cannot read {name}: {error.strerror}") from None
 
 
-def _cloud_init(root: Path) -> tuple[str, Said | None]:
+def _cloud_init(root: Path) -> list[tuple[str, Said | None]]:
     """The `firstboot` key of cloud-init's merged result, if cloud-init ran in this boot.
 
-    The combined file lies in /run, so it is of this boot. The other one may be left over from an
-    earlier boot, or from the machine an image was made of, so it counts only while cloud-init is
+    The combined file lies in /run, so it is of this boot. The others may be left over from an
+    earlier boot, or from the machine an image was made of, so they count only while cloud-init is
     enabled. Raw user-data is never read: it may be compressed, MIME, a template or an include.
     """
     name, data = f"/{COMBINED}", read_file(root / COMBINED, f"/{COMBINED}")
@@ -98,17 +123,22 @@ def _cloud_init(root: Path) -> tuple[str, Said | None]:
         try:
             key = json.loads(text_of(data, name))["firstboot"]
         except KeyError:
-            return name, None
+            return []
         except (ValueError, TypeError, RecursionError):
             raise LocalError(f"{name} is not what cloud-init writes") from None
         # JSON is YAML too, so one reader checks both; positions in this file would help nobody.
         flow = json.dumps(key, ensure_ascii=False).encode("utf-8", "surrogatepass")
         inner = f"{name}, key firstboot"
-        return name, read(text_of(flow, inner), inner, positions=False)
-    name = f"/{MERGED}"
-    data = read_file(root / MERGED, name) if _mode(root, ENABLED) else None
-    whole = None if data is None else compose(text_of(data, name), name)
-    return name, said_by(children(whole).get("firstboot"), name)
+        return [(name, read(text_of(flow, inner), inner, positions=False))]
+    if not _mode(root, ENABLED):
+        return []
+    return [_key_in(root, name) for name in (*VENDORS, MERGED)]
+
+
+def _key_in(root: Path, name: str) -> tuple[str, Said | None]:
+    shown, data = f"/{name}", read_file(root / name, f"/{name}")
+    whole = None if data is None else compose(text_of(data, shown), shown)
+    return shown, said_by(children(whole).get("firstboot"), shown)
 
 
 def settings(root: Path, path: str) -> Any:

@@ -29,6 +29,8 @@ def put(root: Path, name: str, text: str, mode: int = 0o600) -> Path:
 CONFIG = "etc/firstboot/config.yaml"
 COMBINED = "run/cloud-init/combined-cloud-config.json"
 MERGED = "var/lib/cloud/instance/cloud-config.txt"
+VENDORS = [f"var/lib/cloud/instance/{name}-cloud-config.txt" for name in ("vendor", "vendor2")]
+STAGES = "run/cloud-init/status.json"
 
 
 def found(root: Path) -> Document:
@@ -198,6 +200,18 @@ def test_merged_file_counts_only_while_cloud_init_is_enabled(tmp_path: Path) -> 
     )
 
 
+def test_vendors_are_read_below_the_operator_without_a_combined_file(tmp_path: Path) -> None:
+    put(tmp_path, "run/cloud-init/enabled", "")
+    put(tmp_path, MERGED, "#cloud-config\nfirstboot: {expect: 2}\n")
+    put(tmp_path, VENDORS[0], f"firstboot: {json.dumps({**SAID, 'formation': 'a'})}\n")
+    put(tmp_path, VENDORS[1], "firstboot: {formation: b}\n")
+    document = found(tmp_path)
+    assert (document.config.expect, document.formation_id) == (2, "demo/b")
+    assert len(document.sources) == 3
+    put(tmp_path, COMBINED, "{}")  # a newer cloud-init has put all of it together
+    assert find(tmp_path) is None
+
+
 def test_raw_user_data_is_never_read(tmp_path: Path) -> None:
     put(tmp_path, "run/cloud-init/enabled", "")
     put(tmp_path, "var/lib/cloud/instance/user-data.txt", "#cloud-config\nfirstboot: {a: b}\n")
@@ -215,7 +229,7 @@ def test_raw_user_data_is_never_read(tmp_path: Path) -> None:
         ),
         (
             {"run/cloud-init/enabled": ""},
-            "cloud-init is enabled but has not stored any user-data",
+            "cloud-init is enabled but has not stored any user-data; see cloud-init status --long",
         ),
         (
             {
@@ -249,3 +263,36 @@ def test_why_not_configured(tmp_path: Path, files: dict[str, str], reason: str) 
         put(tmp_path, name, text)
     assert find(tmp_path) is None
     assert explain(tmp_path) == f"not configured: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("errors", "told"),
+    [
+        ([f"('write_files', OSError('{TOKEN}'))"], "; in cloud-init write_files failed, see "),
+        ([f"bad: {TOKEN}"], "; in cloud-init something failed, see cloud-init status --long"),
+        (["('a', 1)", "('b', 2)", "('a', 3)"], "; in cloud-init a, b failed, see "),
+    ],
+)
+def test_what_failed_in_cloud_init_is_named_and_not_quoted(
+    tmp_path: Path, errors: list[str], told: str
+) -> None:
+    put(tmp_path, "run/cloud-init/enabled", "")
+    put(tmp_path, COMBINED, "{}")
+    stages: dict[str, Any] = {
+        "init": {"errors": errors},
+        "stage": None,
+        "modules-config": {"errors": []},
+    }
+    put(tmp_path, STAGES, json.dumps({"v1": stages}))
+    text = explain(tmp_path)
+    assert text.startswith("not configured: cloud-init ran and there is no /etc/firstboot/")
+    assert told in text
+    assert TOKEN not in text
+
+
+@pytest.mark.parametrize("text", ["", "[", "[]", '{"v1": 5}', '{"v1": {"a": {"errors": 5}}}'])
+def test_a_strange_list_of_stages_is_no_reason(tmp_path: Path, text: str) -> None:
+    put(tmp_path, "run/cloud-init/enabled", "")
+    put(tmp_path, COMBINED, "{}")
+    put(tmp_path, STAGES, text)
+    assert explain(tmp_path).endswith("nor has a firstboot key")
