@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import random
 import time
@@ -125,6 +126,14 @@ class Cloud:
     def _tell(self, error: str, remedy: str = "", asked: str = "") -> None:
         at = time.time() + max(0.0, self._due - time.monotonic())
         self._report = ProviderReport(self.name, len(self._named), error, asked, remedy, at)
+
+
+def written(address: object) -> str:
+    """An IP address as this host would write it; empty for anything else."""
+    try:
+        return str(ipaddress.ip_address(address)) if isinstance(address, str) else ""
+    except ValueError:
+        return ""
 
 
 def mapping(body: bytes | str, who: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from firstboot.discovery.cloud import Cloud, Sighting, Trouble, mapping
+from firstboot.discovery.cloud import Cloud, Sighting, Trouble, mapping, written
 from firstboot.discovery.imds import Ec2Metadata
 from firstboot.discovery.interface import Context
 from firstboot.discovery.web import Answer, Unanswered, ask
@@ -122,15 +122,18 @@ class Ec2(Cloud):
             get = self._metadata.get
             text = get("dynamic/instance-identity/document") or "{}"
             document = mapping(text, "the metadata service")
-            region = self._options.get("region") or document.get("region")
-            if not isinstance(region, str) or not re.fullmatch(r"[a-z0-9-]{1,64}", region):
-                raise Trouble("the metadata service does not tell the region", "Set ec2.region.")
+            me = str(document.get("instanceId", ""))
+            region = str(self._options.get("region") or document.get("region"))
+            if not all(re.fullmatch(r"[a-z0-9-]{1,64}", text) for text in (me, region)):
+                raise Trouble(
+                    "the metadata service does not tell which instance this is, and where"
+                )
             mac = get("meta-data/mac") or ""
             vpc = get(f"meta-data/network/interfaces/macs/{mac}/vpc-id") if _is_mac(mac) else ""
             domain = get("meta-data/services/domain") or ""
             known = re.fullmatch(r"[a-z0-9.-]{1,100}", domain)
             self._self = {
-                "id": str(document.get("instanceId", "")),
+                "id": me,
                 "region": region,
                 "vpc": "" if self._options.get("region") else vpc or "",
                 "domain": domain if known else "amazonaws.com",
@@ -229,12 +232,13 @@ class Ec2(Cloud):
 
 def _role(name: str, data: Mapping[str, Any]) -> Role:
     parts = [data.get(k) for k in ("AccessKeyId", "SecretAccessKey", "Token", "Expiration")]
-    if data.get("Code") != "Success" or not all(isinstance(p, str) and p for p in parts):
+    sound = all(isinstance(p, str) and p.isascii() and p.isprintable() and p for p in parts)
+    if data.get("Code") != "Success" or not sound:
         raise Trouble(f"the metadata service has no credentials of the role {name}", NO_ROLE)
     key, secret, token, end = map(str, parts)
     try:
         until = datetime.fromisoformat(end).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         until = time.time() + 2 * EXPIRES_EARLY
     return Role(name, key, secret, token, until)
 
@@ -281,12 +285,12 @@ def _instances(root: Element) -> Iterator[Instance]:
 
 def _interface(item: Element) -> Interface:
     index = item.findtext("{*}attachment/{*}deviceIndex") or ""
-    v4 = item.findtext("{*}privateIpAddress") or ""
-    v6 = item.iterfind("{*}ipv6AddressesSet/{*}item/{*}ipv6Address")
+    v4 = [item.findtext("{*}privateIpAddress")]
+    v6 = [e.text for e in item.iterfind("{*}ipv6AddressesSet/{*}item/{*}ipv6Address")]
     return Interface(
         int(index) if re.fullmatch(r"[0-9]{1,3}", index) else 0,
-        tuple(a for a in [v4] if _is_address(a)),
-        tuple(e.text for e in v6 if e.text and _is_address(e.text)),
+        tuple(filter(None, map(written, v4))),
+        tuple(filter(None, map(written, v6))),
     )
 
 
@@ -294,16 +298,6 @@ def _index_of(mine: Instance | None, host: str) -> int:
     """The device index of the interface that has this host's address; 0 if that is unknown."""
     interfaces = mine.interfaces if mine else ()
     return next((i.index for i in interfaces if host in (*i.v4, *i.v6)), 0)
-
-
-def _is_address(text: str) -> bool:
-    import ipaddress
-
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return "%" not in text
 
 
 def _is_mac(text: str) -> bool:

@@ -11,19 +11,18 @@ goes to Keystone, and nowhere else.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
-from urllib.parse import quote, urlencode, urljoin, urlsplit
+from urllib.parse import urlencode, urlsplit
 
-from firstboot.discovery.cloud import Cloud, Sighting, Trouble, mapping
+from firstboot.discovery.cloud import Cloud, Sighting, Trouble, mapping, written
 from firstboot.discovery.imds import OpenstackMetadata
 from firstboot.discovery.interface import Context
-from firstboot.discovery.web import Answer, Unanswered, ask
+from firstboot.discovery.web import Answer, Unanswered, ask, split
 from firstboot.protocol.model import Endpoint
 from firstboot.protocol.record import dataclass
 
@@ -168,8 +167,8 @@ class Openstack(Cloud):
             data = self._get(asked, "servers/detail")
             rows = [s for s in _list(data.get("servers")) if isinstance(s, dict)]
             yield from (s for s in rows if s.get("status") in STATUSES)
-            last = rows[-1].get("id") if rows else None
-            if not last or not data.get("servers_links"):
+            last = str(rows[-1].get("id")) if rows else ""
+            if not re.fullmatch(r"[0-9A-Za-z-]{1,64}", last) or not data.get("servers_links"):
                 return
             # Nova's own link names it by the address it knows itself by, which may be another.
             more = urlencode({"limit": PAGE, "marker": last, **query})
@@ -225,7 +224,7 @@ class Openstack(Cloud):
             method = {"id": credential.id, "secret": credential.secret}
             identity = {"methods": ["application_credential"], "application_credential": method}
             body = json.dumps({"auth": {"identity": identity}}).encode()
-            url = urljoin(credential.auth_url.rstrip("/") + "/", "auth/tokens")
+            url = f"{credential.auth_url.rstrip('/')}/auth/tokens"
             headers = {"Content-Type": "application/json", "Accept": "application/json"}
             answer = self._ask("POST", url, headers, body, "Keystone")
             if answer.status in (401, 403):
@@ -256,7 +255,7 @@ class Openstack(Cloud):
         lacks = [key for key in NEEDS if not isinstance(auth.get(key), str) or not auth[key]]
         if lacks:
             raise Trouble(f"{self._path} lacks auth.{lacks[0]}", make)
-        if urlsplit(auth["auth_url"]).scheme not in ("http", "https"):
+        if not _asks(auth["auth_url"]):
             raise Trouble(f"auth_url in {self._path} is not an http or https URL", make)
         rest = [entry.get(k) for k in ("region_name", "interface", "cacert")]
         region, interface, authority = (r if isinstance(r, str) else "" for r in rest)
@@ -287,7 +286,7 @@ def _session(answer: Answer, credential: Credential) -> Session:
     if credential.region:
         found = [e for e in found if credential.region in (e.get("region"), e.get("region_id"))]
     urls = [str(e.get("url", "")).rstrip("/") for e in found]
-    if not urls or not urls[0].startswith(("http://", "https://")):
+    if not urls or not _asks(urls[0]):
         where = f" in the region {credential.region}" if credential.region else ""
         what = f"Keystone's catalogue has no {credential.interface} endpoint of compute{where}"
         raise Trouble(what, "Check region_name and interface in clouds.yaml.")
@@ -296,9 +295,17 @@ def _session(answer: Answer, credential: Credential) -> Session:
         raise Trouble(f"Nova is in several regions: {regions}", "Set region_name in clouds.yaml.")
     try:
         until = datetime.fromisoformat(str(data.get("expires_at"))).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         until = time.time() + 2 * EXPIRES_EARLY
-    return Session(token, until, quote(urls[0], safe=":/[]%"))
+    return Session(token, until, urls[0])
+
+
+def _asks(url: str) -> bool:
+    """Whether that is a URL one can ask."""
+    try:
+        return url.isascii() and url.isprintable() and bool(split(url))
+    except Unanswered:
+        return False
 
 
 def _refused(who: str, answer: Answer) -> Trouble:
@@ -319,7 +326,7 @@ def _addresses(server: Mapping[str, Any]) -> dict[str, str]:
     for name, rows in (networks if isinstance(networks, dict) else {}).items():
         for row in _list(rows):
             if isinstance(row, dict) and row.get("OS-EXT-IPS:type", "fixed") == "fixed":
-                address = _text_of(row.get("addr"))
+                address = written(row.get("addr"))
                 if address:
                     found[address] = name
     return found
@@ -330,13 +337,6 @@ def _address(server: Mapping[str, Any], network: str, version: int) -> str:
     fixed = _addresses(server)
     ordered = sorted(fixed, key=lambda a: fixed[a] != network)
     return next((a for a in ordered if (":" in a) == (version == 6)), "")
-
-
-def _text_of(address: Any) -> str:
-    try:
-        return str(ipaddress.ip_address(address)) if isinstance(address, str) else ""
-    except ValueError:
-        return ""
 
 
 def _list(value: Any) -> list[Any]:

@@ -14,14 +14,13 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import field
-from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from firstboot.protocol.errors import LocalError
 from firstboot.protocol.record import dataclass
 
 SECONDS = 10.0  # for a whole question, from the connection to the answer's last byte
-MAX_ANSWER = 8 * 1024 * 1024  # bytes; a page of 100 EC2 instances has up to 1 MB
+MAX_ANSWER = 4 * 1024 * 1024  # bytes; a page of 100 EC2 instances has up to 1 MB
 
 
 class Unanswered(LocalError):
@@ -54,7 +53,7 @@ def ask(
 
     `authority` is a file of certificates (PEM) the server's may be of, instead of the system's.
     """
-    parts = urlsplit(url)
+    parts = split(url)
     secure = parts.scheme == "https"
     end = time.monotonic() + seconds
     sock = _connect(parts.hostname or "", parts.port or (443 if secure else 80), seconds)
@@ -84,6 +83,17 @@ def ask(
         live[0].close()
 
 
+def split(url: str) -> SplitResult:
+    """The parts of a URL; Unanswered if nobody can be asked at it."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    except ValueError:  # a port that is no number, half an IPv6 address
+        pass
+    raise Unanswered("this is not an http or https URL")
+
+
 def _connect(host: str, port: int, seconds: float) -> socket.socket:
     try:
         return socket.create_connection((host, port), seconds)
@@ -95,9 +105,13 @@ def _connect(host: str, port: int, seconds: float) -> socket.socket:
 
 
 def _exchange(
-    sock: socket.socket, parts: Any, method: str, headers: Mapping[str, str], body: bytes | None
+    sock: socket.socket,
+    parts: SplitResult,
+    method: str,
+    headers: Mapping[str, str],
+    body: bytes | None,
 ) -> Answer:
-    connection = http.client.HTTPConnection(parts.hostname, parts.port)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
     connection.sock = sock
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     connection.request(method, target, body, {"Host": parts.netloc, **headers})

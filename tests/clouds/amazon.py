@@ -5,8 +5,9 @@ the credentials of the instances' role, and that the role's policy grants the ac
 stands what moto lacks: stale requests are refused, and faults are shown on demand.
 
 Metadata: a token must be had by PUT, with the lifetime asked for; without one, or after its time,
-everything is 401. The token's answer leaves with an IP TTL of `hop_limit`, so that it does not
-get behind a router when that is 1. Requests that came through a proxy are refused.
+everything is 401, unless `tokens` are optional. The token's answer leaves with an IP TTL of
+`hop_limit`, so that it does not get behind a router when that is 1. Requests that came through a
+proxy are refused.
 """
 
 from __future__ import annotations
@@ -245,7 +246,9 @@ class Metadata(Handler):
         double = self.double
         if self.fails(double.cloud.faults.get("metadata", "")):
             return
-        if double.tokens.get(self.headers.get(TOKEN_HEADER, ""), 0.0) < time.monotonic():
+        token = self.headers.get(TOKEN_HEADER)
+        free = token is None and double.cloud.tokens == "optional"
+        if not free and double.tokens.get(token or "", 0.0) < time.monotonic():
             self.answer(401)
             return
         number = double.cloud.who(str(self.client_address[0]))

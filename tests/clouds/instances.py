@@ -30,11 +30,13 @@ class Cloud:
 
     `metadata` and `api` are where it listens, ``ADDRESS:PORT``. With `tls`, a directory, the API
     is HTTPS with a certificate for its address and `names`, of the authority ``ca.pem`` there.
-    `hop_limit` is the IP TTL of token answers, `granted` the actions of the instances' role,
-    `page` the most a page may hold. `faults` maps a part (``metadata``, ``api``, ``identity``) to
-    what is wrong with it, see `serving.py`. `services` are the types in Keystone's catalogue,
-    `elsewhere` further regions it has them in, and `rules` the paths an application credential
-    may get; None is no limit. `user_data` is what cloud-init finds, the same for every instance.
+    `hop_limit` is the IP TTL of token answers, `tokens` may be ``optional`` for clients that know
+    version 1 of the metadata service only (cloud-init outside of AWS). `granted` are the actions of
+    the instances' role, `page` is the most a page may hold. `faults` maps a part (``metadata``,
+    ``api``, ``identity``) to what is wrong with it, see `serving.py`. `services` are the types in
+    Keystone's catalogue, `elsewhere` further regions it has them in, and `rules` the paths an
+    application credential may get; None is no limit. `user_data` is what cloud-init finds, the
+    same for every instance.
     """
 
     cloud: str
@@ -47,6 +49,7 @@ class Cloud:
     role: str = "node"
     granted: tuple[str, ...] = ("ec2:DescribeInstances",)
     hop_limit: int = 1
+    tokens: str = "required"
     metadata_tags: bool = True
     token_seconds: float = 3600.0
     page: int = 1000

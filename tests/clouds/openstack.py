@@ -139,8 +139,12 @@ class Metadata(Handler):
             self.json(200, self._file(number))
         elif version in VERSIONS and name == "user_data" and double.cloud.user_data:
             self.answer(200, double.cloud.user_data)
-        elif self.path.removeprefix("/latest/meta-data/") in amazon:
-            self.answer(200, amazon[self.path.removeprefix("/latest/meta-data/")])
+        elif self.path.rstrip("/").endswith("/meta-data"):
+            self.answer(200, "\n".join(dict.fromkeys(n.partition("/")[0] for n in amazon)))
+        elif self.path.endswith("/placement"):
+            self.answer(200, "availability-zone")
+        elif self.path.partition("/meta-data/")[2] in amazon:
+            self.answer(200, amazon[self.path.partition("/meta-data/")[2]])
         else:
             self.answer(404)
 
