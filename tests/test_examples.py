@@ -73,6 +73,7 @@ def test_page_is_up_to_date() -> None:
 def test_there_are_examples() -> None:
     names = {path.name for path in EXAMPLES}
     assert names == {
+        "anywhere.yaml",
         "ignition.bu",
         "ignition.json",
         "origin.yaml",

@@ -174,6 +174,12 @@ class Machine:
         parent = str(PurePosixPath(path).parent)
         self.exec("sh", "-c", script, "write", path, parent, f"{mode:o}", input=text)
 
+    def install(self, path: str, text: str) -> None:
+        """Put a file on its disk while it is off, as whoever makes an image would."""
+        where = self.hardware.disk / path.lstrip("/")
+        where.parent.mkdir(parents=True, exist_ok=True)
+        where.write_text(text)
+
     def status(self) -> dict[str, Any] | None:
         """What firstboot last wrote to its status file; None without one or with the machine off.
 
@@ -224,7 +230,7 @@ class Rig:
     nspawn's own. `words` are the kernel's arguments: systemd and cloud-init read them from
     /proc/1/cmdline in a container. `disk` is told a machine's directory, makes what it boots from
     there, and answers what of its `Hardware` is different for that. `legacy` machines have
-    cgroup v1 inside.
+    cgroup v1 inside. `ip` and `prefix` are the network's.
     """
 
     live: ClassVar[list[Rig]] = []
@@ -241,6 +247,8 @@ class Rig:
         words: tuple[str, ...] = (),
         disk: Callable[[Path], Mapping[str, Any]] | None = None,
         legacy: bool = False,
+        ip: str = "4",
+        prefix: int = 24,
     ) -> None:
         if not image.exists():
             raise FileNotFoundError(f"{image} is missing: run `make image` as root")
@@ -251,7 +259,7 @@ class Rig:
         self.run = Run()
         try:
             _raise_inotify(self.run)
-            self.network = Network(machines, self.run)
+            self.network = Network(machines, self.run, ip=ip, prefix=prefix)
             texts = dict.fromkeys(self.network.hosts, user_data) | dict(overrides or {})
             self.machines = [self._build(number, texts[number]) for number in texts]
             self.run.callback(self._cut_all)
@@ -342,7 +350,7 @@ class Rig:
             legacy=self._legacy,
         )
         hardware = replace(hardware, **self._disk(directory))
-        machine = Machine(number, hardware, self.network.address(number))
+        machine = Machine(number, hardware, self.network.chosen(number))
         _write_seed(hardware.seed, user_data)
         return machine
 

@@ -27,12 +27,14 @@ class Network:
     """`hosts` namespaces on one bridge; leaving the context closes the `run` they belong to.
 
     `ip` is ``4``, ``6``, ``46`` for both, or ``local`` for nothing but IPv6 link-local addresses,
-    which the kernel makes.
+    which the kernel makes. `prefix` is the length of IPv4's.
     """
 
-    def __init__(self, hosts: int, run: Run | None = None, *, ip: str = "4") -> None:
+    def __init__(
+        self, hosts: int, run: Run | None = None, *, ip: str = "4", prefix: int = 24
+    ) -> None:
         self.hosts = range(1, hosts + 1)
-        self.ip = ip
+        self.ip, self.prefix = ip, prefix
         self.owner = run or Run()
         self.switch = f"{self.owner.prefix}-switch"
         self._unplugged: set[int] = set()
@@ -187,12 +189,13 @@ class Network:
 
     def take_address(self, host: int, address: str) -> None:
         """Take an address from a host, and its default route with it."""
-        _ip([f"addr del {_prefixed(address)} dev eth0"], self.namespace(host).name)
+        _ip([f"addr del {self._prefixed(address)} dev eth0"], self.namespace(host).name)
 
     def give_address(self, host: int, address: str) -> None:
         """Give a host an address and a default route."""
         router = f"{_SUBNET6}:1" if ":" in address else self.gateway
-        lines = [f"addr add {_prefixed(address)} dev eth0", f"route replace default via {router}"]
+        at = self._prefixed(address)
+        lines = [f"addr add {at} dev eth0", f"route replace default via {router}"]
         _ip(lines, self.namespace(host).name)
 
     def heal(self) -> None:
@@ -212,7 +215,7 @@ class Network:
             "link set lo up",
             # No spanning tree and no forward delay: a port carries frames at once.
             "link add bridge type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
-            *([f"addr add {self.gateway}/24 dev bridge"] if "4" in self.ip else []),
+            *([f"addr add {self._prefixed(self.gateway)} dev bridge"] if "4" in self.ip else []),
             *([f"addr add {_SUBNET6}:1/64 dev bridge nodad"] if "6" in self.ip else []),
             "link set bridge up",
         )
@@ -232,6 +235,9 @@ class Network:
         for address in addresses:
             self.give_address(host, address)
 
+    def _prefixed(self, address: str) -> str:
+        return f"{address}/{64 if ':' in address else self.prefix}"
+
     def _switch(self, *lines: str) -> None:
         _ip(lines, self.switch)
 
@@ -245,10 +251,6 @@ class Network:
 
     def _nft(self, text: str) -> None:
         call(["ip", "netns", "exec", self.switch, "nft", "-f", "-"], check=True, input=text)
-
-
-def _prefixed(address: str) -> str:
-    return f"{address}/{64 if ':' in address else 24}"
 
 
 def _ports(hosts: Collection[int]) -> str:
