@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.clouds.double import METADATA, Double, Instance
 from tests.machines.document import document
-from tests.network.hosts import PROJECT, QUICK, Hosts
+from tests.network.hosts import PROJECT, QUICK, Host, Hosts
 from tests.network.run import wait_until
 from tests.network.servers import dns_server, resolves_by, web_server
 
@@ -106,47 +107,55 @@ def test_a_file_on_a_web_server(tmp_path: Path) -> None:
 
 
 NOTHING = """[auto, {static: [10.77.0.99, gone.example.org]}, {dns: nodes.example.org},
-  {ec2: {tag: {cluster: demo}}}, {openstack: {metadata: {cluster: demo}}},
-  {http: {url: 'http://10.77.0.1:8080/demo'}}]"""
+  {ec2: {tag: {cluster: demo}, endpoint: 'http://169.254.169.254:5000'}},
+  {openstack: {metadata: {cluster: demo}}}, {http: {url: 'http://10.77.0.1:8080/demo'}}]"""
 # What each must say: what it tried, why that failed, and what to open or to grant.
 SAYS = {
     "mdns": ("asked 224.0.0.251 from 10.77.0.11", "nobody answers", "Open UDP 5353"),
-    "sweep": ("253 addresses of 10.77.0.0/24 tried", "no host listens", "Open TCP 7443"),
+    "ec2": ("", "the role node may not", "Allow the action ec2:DescribeInstances"),
+    "sweep": ("253 addresses of 10.77.0.0/24", "no host listens", "rule of the security group"),
     "static": ("2 listed", "gone.example.org: the DNS does not answer", "UDP and TCP 53"),
     "dns": ("A and AAAA of nodes.example.org", "the DNS does not answer", "UDP and TCP 53"),
-    "ec2": ("", "", ""),
-    "openstack": ("", "", ""),
+    "openstack": ("", "no application credential in /etc", "application credential create"),
     "http": ("GET and PUT http://10.77.0.1:8080/demo", "connection refused", "10.77.0.1:8080"),
 }
 
 
 def test_a_host_that_finds_nobody_says_what_it_tried_and_what_to_open(tmp_path: Path) -> None:
+    """On EC2, with a role that may nothing, a name server that never answers, and no peers."""
     with Hosts(1, tmp_path, listed(3, NOTHING)) as hosts:
+        dmi = hosts[1].root / "sys/class/dmi/id"
+        dmi.mkdir(parents=True)
+        (dmi / "sys_vendor").write_text("Amazon EC2\n")
         hosts.network.no_multicast()
         silent = "import socket, time; s = socket.socket(2, 2); s.bind(('10.77.0.1', 53))"
         hosts.network.serve(sys.executable, "-c", f"{silent}; time.sleep(999)")
         conf = tmp_path / "resolv.conf"
         conf.write_text("nameserver 10.77.0.1\noptions timeout:30 attempts:5\n")
         resolves_by(hosts[1], conf)
-        hosts.start()
-
-        def all_failed() -> bool:
-            told = hosts[1].status.get("providers", [])
-            return len(told) == len(SAYS) and all(p["error"] and p["remedy"] for p in told)
-
-        wait_until(all_failed, 120, "every provider has failed")
+        at = {"metadata": f"{METADATA}:80", "api": f"{METADATA}:5000"}
+        with Double("ec2", hosts.network, instances=[Instance("10.77.0.11")], granted=[], **at):
+            hosts.start()
+            wait_until(lambda: has_failed(hosts[1]), 120, "every provider has failed")
         argv = [sys.executable, "-m", "firstboot", "status", "--root", str(tmp_path / "h1")]
         done = subprocess.run(argv, capture_output=True, text=True, cwd=PROJECT, check=False)
         assert done.returncode == 2
         lines = done.stdout.splitlines()
         assert len(lines) < 25, done.stdout
+        print(done.stdout)
         for name, (tried, why, remedy) in SAYS.items():
-            at = next(n for n, s in enumerate(lines) if s.startswith(f"  discovery  {name}: "))
-            assert tried in lines[at], done.stdout
-            assert why in lines[at], done.stdout
-            assert remedy in lines[at + 1], done.stdout
+            number = next(n for n, s in enumerate(lines) if s.startswith(f"  discovery  {name}: "))
+            assert tried in lines[number], name
+            assert why in lines[number], name
+            assert remedy in lines[number + 1], name
         # Names that are still being looked up, for minutes, do not keep it from ending.
         process = hosts[1].process
         assert process is not None
         process.terminate()
         process.wait(30)
+
+
+def has_failed(host: Host) -> bool:
+    """Whether each of its providers has told an error and a remedy."""
+    told = host.status.get("providers", [])
+    return len(told) == len(SAYS) and all(p["error"] and p["remedy"] for p in told)
