@@ -5,8 +5,7 @@ the token: each line is sealed with a key that follows from the token. It can dr
 old ones back until they expire, and so hinder; what it shows only yields addresses to dial. Writes
 are conditional (RFC 9110, section 13.1), so no host's line is lost when two write at a time.
 
-http.client of the standard library does all of this; it costs a quarter of what requests costs to
-import, follows no redirects and knows no cookies (ADR 15).
+What suits as a server is told in docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import base64
 import json
 import random
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,17 +26,19 @@ from firstboot.protocol.model import Endpoint
 from firstboot.protocol.record import dataclass
 
 if TYPE_CHECKING:
-    from http.client import HTTPConnection, HTTPResponse
+    from firstboot.discovery.web import Answer
 
 LIFETIME = 180  # seconds a line is good for; a host renews its own when half of that is over
 MAX_LINE = 512  # bytes
 MAX_LINES = 64  # a large formation needs no more: hosts tell each other whom they know
 MAX_FILE = MAX_LINE * MAX_LINES * 4  # more than that is no rendezvous
-SECONDS = 5.0  # for the server to accept, and between two of its bytes
-ALL_SECONDS = 20.0  # for all of it
+MAX_SECRET = 4096
+ALL_SECONDS = 60.0  # for a look; a question of it ends after ten
 CONFLICTS = 6  # writes that others were faster with, before the next announcement
 PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)  # seconds between two looks; the last goes on
 FRESH = 4  # looks that answers name nobody, until that is told as an error
+CONDITIONAL = "Use a server with ETags and conditional PUT, such as Apache's WebDAV."
+LOOK = "Look into the web server's log."
 REMEDIES = {
     401: "Put what the server wants in its Authorization header into authorization_file.",
     403: "Allow GET and PUT of that file on the server.",
@@ -57,10 +57,9 @@ class Refused(LocalError):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a server said: `now` is its time, Unix seconds, else this host's."""
+class File:
+    """What the server keeps; `etag` is empty if nothing. `now` is its time, Unix seconds."""
 
-    status: int
     etag: str
     body: bytes
     now: float
@@ -101,7 +100,6 @@ class Http:
     async def stop(self) -> None:
         """Leave the file alone. This host's line expires by itself."""
         self._found = None
-        self._server.hang_up()
 
     def report(self) -> ProviderReport:
         """What the server said last."""
@@ -118,12 +116,11 @@ class Http:
         try:
             self._others = dict.fromkeys(await self._question.ask(ALL_SECONDS))
         except TimeoutError:
-            self._server.hang_up()
             error, remedy = "no answer in time", self._way()
         except Refused as refused:
             error, remedy = str(refused), refused.remedy
-        except OSError as failed:
-            error, remedy = _said(failed), self._way()
+        except LocalError as unanswered:
+            error, remedy = str(unanswered), self._way()
         self._error, self._remedy = error, remedy
         lacks = self._context.lacks()
         pause = PAUSES[min(self._looks, len(PAUSES) - 1)] if lacks else PAUSES[-1]
@@ -141,14 +138,13 @@ class Http:
             if turn:
                 # Whoever lost to another waits a random while, or they all meet again.
                 time.sleep(random.uniform(0.05, 0.4 * turn))  # noqa: S311
-            answer = self._server.get()
-            lines = valid_lines(answer.body, answer.now)
-            own, others, kept = self._read(lines)
-            if own > answer.now + LIFETIME / 2 or len(others) >= MAX_LINES:
+            file = self._server.get()
+            own, others, kept = self._read(valid_lines(file.body, file.now))
+            if own > file.now + LIFETIME / 2 or len(others) >= MAX_LINES:
                 return others
-            mine = self._line(int(answer.now) + LIFETIME)
+            mine = self._line(int(file.now) + LIFETIME)
             body = b"".join(line + b"\n" for line in [*kept[1 - MAX_LINES * 2 :], mine])
-            if self._server.put(body, answer.etag):
+            if self._server.put(body, file.etag):
                 return others
         raise Refused("other hosts wrote first, each time", "Nothing to do: it is tried again.")
 
@@ -196,27 +192,30 @@ def valid_lines(body: bytes, now: float) -> list[bytes]:
 
 
 class Server:
-    """The web server that keeps the file. Its methods block, and are called in one thread only."""
+    """The web server that keeps the file. Its methods block."""
 
     def __init__(self, options: Mapping[str, Any], root: Path) -> None:
         self.url = str(options.get("url", ""))
-        self._parts = urlsplit(self.url)
-        self.where = self._parts.netloc
-        self._ca_file, self._root = str(options.get("ca_file", "")), root
+        self.where = urlsplit(self.url).netloc
+        self._root = root
+        self._authority = str(options.get("ca_file", ""))
         self._authorization = str(options.get("authorization_file", ""))
-        self._connection: HTTPConnection | None = None
 
-    def get(self) -> Answer:
-        """The file as it is; empty if there is none. Refused or OSError if it cannot be had."""
+    def get(self) -> File:
+        """The file as it is, empty if there is none. Refused or Unanswered if it cannot be had."""
         answer = self._ask("GET", None, {})
+        now = _date(answer)
         if answer.status == 404:
-            return Answer(404, "", b"", answer.now)
+            return File("", b"", now)
         if answer.status != 200:
-            raise self._refusal("GET", answer.status)
-        if not answer.etag:
-            remedy = "Use a server with ETags and conditional PUT, such as WebDAV."
-            raise Refused("the server gives no ETag", remedy)
-        return answer
+            raise _refusal("GET", answer.status)
+        etag = answer.headers.get("etag", "")[:256]
+        if not etag:
+            raise Refused("the server gives no ETag", CONDITIONAL)
+        if len(answer.body) > MAX_FILE:
+            what = f"the file is larger than {MAX_FILE // 1024} KiB"
+            raise Refused(what, "Give the rendezvous a URL of its own.")
+        return File(etag, answer.body, now)
 
     def put(self, body: bytes, etag: str) -> bool:
         """Replace what has that ETag (empty: nothing); whether nobody was faster."""
@@ -224,93 +223,41 @@ class Server:
             return False  # RFC 9110, 13.1.1: weak ones never match; soon it will be strong
         condition = {"If-Match": etag} if etag else {"If-None-Match": "*"}
         answer = self._ask("PUT", body, {"Content-Type": "text/plain", **condition})
-        if answer.status in (200, 201, 204):
-            return True
-        if answer.status == 412:
-            return False
-        raise self._refusal("PUT", answer.status)
+        if answer.status not in (200, 201, 204, 412):
+            raise _refusal("PUT", answer.status)
+        return answer.status != 412
 
-    def hang_up(self) -> None:
-        """Make a call that is under way fail soon; may be called in any thread."""
-        connection = self._connection
-        sock = getattr(connection, "sock", None)
-        if sock is not None:
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                return
+    def _ask(self, method: str, body: bytes | None, headers: Mapping[str, str]) -> Answer:
+        from firstboot.discovery.web import ask
 
-    def _refusal(self, method: str, status: int) -> Refused:
-        return Refused(f"{method} was answered with {status}", REMEDIES.get(status, ""))
-
-    def _ask(self, method: str, body: bytes | None, headers: dict[str, str]) -> Answer:
-        from http.client import HTTPException
-
-        headers = {"User-Agent": "firstboot", "Connection": "close", **headers}
+        sent = {"User-Agent": "firstboot", "Connection": "close", **headers}
         if self._authorization:
-            headers["Authorization"] = self._secret()
-        connection = self._connection = self._connect()
-        try:
-            connection.request(method, self._parts.path, body, headers)
-            with connection.getresponse() as response:
-                return _answer(response)
-        except HTTPException as error:
-            raise Refused(f"this is no web server ({type(error).__name__})") from None
-        finally:
-            connection.close()
-
-    def _connect(self) -> HTTPConnection:
-        from http.client import HTTPConnection, HTTPSConnection
-
-        host, port = self._parts.hostname or "", self._parts.port
-        if self._parts.scheme == "http":
-            return HTTPConnection(host, port, timeout=SECONDS)
-        import ssl
-
-        ca_file = str(self._root / self._ca_file.lstrip("/")) if self._ca_file else None
-        try:
-            trust = ssl.create_default_context(cafile=ca_file)
-        except (OSError, ssl.SSLError) as error:
-            raise Refused(f"{self._ca_file}: {_said(error)}") from None
-        return HTTPSConnection(host, port, timeout=SECONDS, context=trust)
+            sent["Authorization"] = self._secret()
+        authority = self._root / self._authority.lstrip("/") if self._authority else None
+        if authority is not None and not authority.is_file():
+            raise Refused(f"{self._authority} cannot be read", "Write the certificates there.")
+        return ask(method, self.url, sent, body, authority=str(authority or ""))
 
     def _secret(self) -> str:
         path = self._root / self._authorization.lstrip("/")
         try:
             text = path.read_text(encoding="ascii").strip()
         except (OSError, UnicodeError):
-            raise Refused(f"{self._authorization} cannot be read") from None
-        if not text.isprintable() or len(text) > 4096:
-            raise Refused(f"{self._authorization} must be one line of text")
+            raise Refused(f"{self._authorization} cannot be read", REMEDIES[401]) from None
+        if not text.isprintable() or len(text) > MAX_SECRET:
+            raise Refused(f"{self._authorization} must be one line of text", REMEDIES[401])
         return text
 
 
-def _answer(response: HTTPResponse) -> Answer:
+def _refusal(method: str, status: int) -> Refused:
+    return Refused(f"{method} was answered with {status}", REMEDIES.get(status, LOOK))
+
+
+def _date(answer: Answer) -> float:
+    """The server's time: clocks of hosts that boot for the first time may be unset."""
     from email.utils import parsedate_to_datetime
 
-    begun, body = time.monotonic(), b""
-    while len(body) <= MAX_FILE and (part := response.read1(16384)):
-        body += part
-        if time.monotonic() > begun + ALL_SECONDS:
-            raise TimeoutError("the answer does not end")
-    if len(body) > MAX_FILE:
-        raise Refused(
-            f"the file is larger than {MAX_FILE // 1024} KiB", "Give it a URL of its own."
-        )
-    # Clocks of hosts that boot for the first time may be unset: the server's is the same for all.
     try:
-        now = parsedate_to_datetime(response.headers["Date"]).timestamp()
+        return parsedate_to_datetime(answer.headers.get("date", "")).timestamp()
     except (TypeError, ValueError, OverflowError):
-        now = time.time()
-    return Answer(response.status, str(response.headers.get("ETag", ""))[:256], body, now)
-
-
-def _said(error: OSError) -> str:
-    """What went wrong, in a few words."""
-    import ssl
-
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not good: {error.verify_message}"
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    return (error.strerror or str(error) or type(error).__name__).lower()
+        return time.time()

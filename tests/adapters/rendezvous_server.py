@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
             if (match is None) == (none is None) or none not in (None, "*"):
                 self.store.mistakes.append(f"PUT with If-Match {match}, If-None-Match {none}")
             fits = etag == "" if none else (match == etag and not etag.startswith("W/"))
-            if not fits:
+            if not fits and self.store.with_conditions:
                 self.store.conflicts += 1
                 self.answer(412)
                 return
@@ -82,7 +82,7 @@ class RendezvousServer:
         self.files: dict[str, tuple[bytes, str]] = {}
         self.mistakes: list[str] = []
         self.conflicts = self.writes = 0
-        self.with_etags, self.date = True, ""
+        self.with_etags, self.with_conditions, self.date = True, True, ""
         self.authorization: str | None = None
         self.fault: Fault | None = None
         self.lock = threading.Lock()
