@@ -261,6 +261,7 @@ class Service:
             subnet=facts.address.subnet if facts.address else "",
             expect=document.config.expect,
             lacks=self._lacks,
+            alone=lambda: not len(self.core.company),
             seal=seal.seal,
             unseal=seal.unseal,
             reservation=facts.machine.reservation,

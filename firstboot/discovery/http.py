@@ -158,7 +158,7 @@ class Http:
             try:
                 said = json.loads(self._context.unseal(base64.b64decode(sealed), expiry))
                 boot, endpoint = str(said["boot"]), Endpoint(str(said["host"]), int(said["port"]))
-            except (RemoteError, ValueError, KeyError, TypeError):
+            except (RemoteError, ValueError, LookupError, TypeError, OverflowError):
                 kept.append(line)
                 continue
             if boot == self._context.boot and endpoint == self._own:

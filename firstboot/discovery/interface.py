@@ -36,7 +36,8 @@ class Context:
     is this process's nonce in hex. `admits` is this host's name while it is the master of an active
     cluster and lets hosts in with a one-time token, else empty. `root` is where the host's files
     are, `platform` the cloud this host is on (``ec2``, ``openstack`` or empty), `subnet` the
-    network of its address (``10.0.0.0/24``) or empty. `lacks` tells whether hosts are missing.
+    network of its address (``10.0.0.0/24``) or empty. `lacks` tells whether hosts are missing,
+    `alone` whether none was met yet.
     `reservation` is the cloud's id of the launch call that made it, empty if unknown. `settings`
     reads a YAML file on the host, by its whole path, as plain data: None if it is not there,
     LocalError if it cannot be read.
@@ -53,6 +54,7 @@ class Context:
     subnet: str = ""
     expect: int = 1
     lacks: Callable[[], bool] = _always
+    alone: Callable[[], bool] = _always
     reservation: str = ""
     settings: Callable[[str], Any] = _no_settings
     seal: Callable[[bytes, bytes], bytes] = _no_key

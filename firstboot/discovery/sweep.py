@@ -26,7 +26,9 @@ MAX_ADDRESSES = 1024  # a /22
 RATE = 128  # addresses a second
 SECONDS = 2.0  # for a host on the same link to answer; so some 256 sockets are open at a time
 PAUSES = (5.0, 10.0, 20.0, 40.0, 80.0, 120.0)  # seconds between two sweeps; the last goes on
-PATIENCE = 8.0  # seconds that `auto` leaves the others, which ask nobody in vain
+# Seconds that `auto` leaves the others, which ask nobody in vain; then more for each expected host,
+# once one was met: hosts tell each other whom they know, and fifty together may take long.
+PATIENCE, MORE_PATIENCE, EACH = 8.0, 30.0, 1.0
 _UNREACHED = (errno.EHOSTUNREACH, errno.ETIMEDOUT, errno.EHOSTDOWN)
 
 
@@ -43,7 +45,7 @@ class Sweep:
         self._found: Found | None = None
         self._addresses: list[str] = []
         self._off = ""
-        self._next = 0.0  # monotonic seconds
+        self._next = self._later = 0.0  # monotonic seconds
         self._sweeps = 0
         self._named: set[Endpoint] = set()
         self._seen: Counter[str] = Counter()  # what came of the last sweep's tries
@@ -53,11 +55,15 @@ class Sweep:
         del stranger  # whoever answers is a stranger until it is dialled
         self._own, self._found = endpoint, found
         self._addresses, self._off = addresses(self._cidr, endpoint)
-        self._next = time.monotonic() + (PATIENCE if self._automatic else 0.0)
+        now, expect = time.monotonic(), self._context.expect
+        self._next = now + (PATIENCE if self._automatic else 0.0)
+        self._later = now + (MORE_PATIENCE + EACH * expect if self._automatic else 0.0)
 
     async def announce(self) -> None:
         """Sweep, should a host be missing and the pause be over."""
         if self._off or time.monotonic() < self._next or not self._context.lacks():
+            return
+        if time.monotonic() < self._later and not self._context.alone():
             return
         pause = PAUSES[min(self._sweeps, len(PAUSES) - 1)]
         self._seen.clear()
@@ -78,7 +84,8 @@ class Sweep:
             remedy = "" if self._automatic else "Use dns, static addresses or a cloud's API."
             return ProviderReport(self.name, 0, f"off: {self._off}", "", remedy, -1.0)
         detail = f"{len(self._addresses)} addresses of {self._cidr} tried on TCP {port}"
-        next_try = time.time() + max(0.0, self._next - time.monotonic())
+        due = self._next if self._context.alone() else max(self._next, self._later)
+        next_try = time.time() + max(0.0, due - time.monotonic())
         error = remedy = ""
         if self._sweeps and not self._named and self._seen:
             told = [f"{count} {what}" for what, count in sorted(self._seen.items())]

@@ -237,6 +237,9 @@ def _discovery(said: Said, listed: Any, port: int) -> tuple[ProviderSpec, ...]:
             found[name] = _options(place, given)
             if found[name].get("cidr"):
                 _check_sweep(said, (*place, "cidr"), found[name]["cidr"])
+            for key in ("url", "endpoint"):
+                if found[name].get(key):
+                    _check_url(said, (*place, key), found[name][key])
     return tuple(ProviderSpec(name, options) for name, options in found.items())
 
 
@@ -249,6 +252,18 @@ def _check_sweep(said: Said, place: Place, text: str) -> None:
     check_network(said, place, text, prefix=True)
     network = ipaddress.ip_network(text)
     if network.version != 4 or network.num_addresses > MAX_SWEPT:
+        raise wrong(said, place)
+
+
+def _check_url(said: Said, place: Place, text: str) -> None:
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(text)  # which refuses a broken IPv6 address, and `port` a broken port
+        sound = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
         raise wrong(said, place)
 
 

@@ -159,6 +159,25 @@ def test_auto_leaves_the_others_some_time(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(tries) == 13
 
 
+def test_auto_waits_longer_once_somebody_was_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = tries_of(monkeypatch)
+    alone = [False]
+    known = Context("a" * 16, "demo", "b" * 16, subnet="10.0.0.0/28", alone=lambda: alone[0])
+
+    async def run(automatic: bool) -> int:
+        tries.clear()
+        provider = Sweep({"automatic": automatic}, known)
+        await provider.start(Endpoint("10.0.0.1", 7443), nobody, no_stranger)
+        monkeypatch.setattr(provider, "_next", 0.0)  # the first patience is over
+        await provider.announce()
+        return len(tries)
+
+    assert asyncio.run(run(automatic=True)) == 0
+    assert asyncio.run(run(automatic=False)) == 13
+    alone[0] = True
+    assert asyncio.run(run(automatic=True)) == 13
+
+
 def test_pauses_grow_and_the_rate_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     tries, pauses = tries_of(monkeypatch), []
 

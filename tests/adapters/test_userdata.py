@@ -291,6 +291,18 @@ LINES = {
         "password, query or fragment, not 'http://user:word@a/b'; "
         "for example: url: https://files.example.org/rendezvous/demo",
     ),
+    "http-port": (
+        "discovery: [{http: {url: 'http://a:70000/b'}}]",
+        "c.yaml:4:26: discovery[0].http.url must be an http or https URL of a file, without user, "
+        "password, query or fragment, not 'http://a:70000/b'; "
+        "for example: url: https://files.example.org/rendezvous/demo",
+    ),
+    "http-address": (
+        "discovery: [{http: {url: 'http://[fd00::/b'}}]",
+        "c.yaml:4:26: discovery[0].http.url must be an http or https URL of a file, without user, "
+        "password, query or fragment, not 'http://[fd00::/b'; "
+        "for example: url: https://files.example.org/rendezvous/demo",
+    ),
     "http-without-url": (
         "discovery: [{http: {}}]",
         "c.yaml:4:20: discovery[0].http must be a mapping with url, and perhaps ca_file or "
