@@ -51,11 +51,11 @@ help:
 DEBIAN := gcc pkg-config python3-dev python3-venv libdbus-1-dev libglib2.0-dev libsystemd-dev \
 	systemd-container dbus dbus-user-session mmdebstrap debian-archive-keyring util-linux iproute2 iputils-ping nftables \
 	procps openssl ca-certificates skopeo umoci ostree runc crun busybox-static ignition \
-	dnsmasq-base apache2-bin
+	rpm rpmlint buildah dnsmasq-base apache2-bin
 FEDORA := gcc pkgconf-pkg-config python3-devel dbus-devel glib2-devel systemd-devel \
 	systemd-container dbus-daemon mmdebstrap debian-keyring util-linux iproute iputils nftables \
 	procps-ng openssl ca-certificates skopeo umoci ostree runc crun busybox ignition \
-	dnsmasq httpd-core
+	rpm-build rpmlint buildah dnsmasq httpd-core
 
 setup: packages .venv/locked
 
