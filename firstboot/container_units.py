@@ -1,14 +1,14 @@
-"""What ``firstboot containers`` does with units: reload, stop, start, and see that they stay up."""
+"""What is done with containers' units: reload, stop, start, see that they stay up or roll back."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from firstboot.protocol.errors import LocalError
+from firstboot.protocol.errors import FirstbootError, LocalError
 
 if TYPE_CHECKING:
     from firstboot.containers import Container
@@ -20,18 +20,30 @@ SETTLE_SECONDS = 3.0
 LOOK_SECONDS = 0.1
 
 
+class UpdateFailed(LocalError):
+    """What replaced a container did not come up; `detail` are its last words."""
+
+    def __init__(self, message: str, detail: str) -> None:
+        super().__init__(message)
+        self.detail = detail
+
+
 @dataclass
 class Units:
-    """The units of the host at `root`; `stopped` says whether `stop` had anything to stop."""
+    """The units of the host at `root`; `stopped` says whether `stop` had anything to stop.
+
+    `manager` is that host's systemd if the caller has it already.
+    """
 
     root: Path
+    manager: Systemd | None = None
     stopped: bool = field(default=False, init=False)
 
     @cached_property
     def systemd(self) -> Systemd | None:
         """This host's systemd; None for a tree, whose units nobody runs."""
-        if self.root != Path("/"):
-            return None
+        if self.manager or self.root != Path("/"):
+            return self.manager
         from firstboot import units
 
         return units.Systemd()
@@ -66,11 +78,11 @@ class Units:
         if container.unit and self.systemd:
             self.systemd.enable(container.unit)
 
-    def start(self, unit: str) -> None:
+    def start(self, unit: str, seconds: float = START_SECONDS, *, restart: bool = False) -> None:
         """Start `unit` and see that it stays; an error says why it does not."""
         if self.systemd is None:
             return
-        self.systemd.start(unit, START_SECONDS)
+        self.systemd.start(unit, seconds, restart=restart)
         first = self.systemd.state(unit)
         until = time.monotonic() + SETTLE_SECONDS
         while time.monotonic() < until:
@@ -78,6 +90,12 @@ class Units:
             now = self.systemd.state(unit)
             if (now.active, now.active_wall) != (first.active, first.active_wall):
                 raise LocalError(f"{unit} did not stay up: {now.active} ({now.result})")
+
+    def wanted(self, unit: str) -> bool:
+        """Whether `unit` runs, has failed to, or is started at boot."""
+        if self.systemd is None:
+            return False
+        return self.systemd.state(unit).active != "inactive" or self.systemd.is_enabled(unit)
 
     def brought_back(self, unit: str) -> BroughtBack:
         """A block at whose failure `unit` is started again if it was stopped in it."""
@@ -97,3 +115,60 @@ class BroughtBack:
         if error and self.units.stopped and self.units.systemd:
             self.units.reload()
             self.units.systemd.start(self.unit, START_SECONDS)
+
+
+def prove(
+    units: Units, name: str, seconds: float = START_SECONDS, *, restart: bool = False
+) -> None:
+    """Start what replaced container `name`; if it does not stay up, roll back, and say so.
+
+    When systemd cannot be asked, or the caller was told to end, nothing is known of the container:
+    it stays on trial.
+    """
+    from firstboot.containers import trial
+    from firstboot.units import SystemdFailed
+
+    try:
+        units.start(f"{name}.service", seconds, restart=restart)
+    except SystemdFailed:
+        raise
+    except FirstbootError as error:
+        _undo(units, name, error)
+    trial.end(units.root, name)
+
+
+def _undo(units: Units, name: str, failure: FirstbootError) -> None:
+    from firstboot import containers
+
+    unit = f"{name}.service"
+    try:
+        containers.rollback(units.root, name, stop=partial(units.stop, unit))
+        units.reload()
+        units.start(unit)
+    except FirstbootError as error:
+        words = f"did not come up ({failure}), nor did the rollback: {error}"
+    else:
+        words = f"did not come up and was rolled back: {failure}"
+    raise UpdateFailed(f"the update of {name} {words}", getattr(failure, "detail", "")) from None
+
+
+def finish(units: Units, name: str) -> bool:
+    """End an update of `name` that was cut short: it comes up now, or is rolled back (`prove`).
+
+    False if there was none. A unit that neither runs nor is started at boot is left as it is.
+    """
+    from firstboot import containers
+    from firstboot.containers import trial
+
+    done = containers.resume(units.root, name)
+    if done is None:
+        return False
+    units.reload()
+    unit = f"{name}.service"
+    if not units.wanted(unit):
+        trial.end(units.root, name)
+    elif done.replaced:
+        prove(units, name, restart=done.needs_reload)
+    else:
+        units.start(unit, restart=done.needs_reload)
+    return True

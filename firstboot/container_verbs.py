@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from firstboot.container_units import Units
+from firstboot.container_units import Units, UpdateFailed, finish, prove
 from firstboot.protocol.errors import FirstbootError, LocalError, UserError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def declare(parser: argparse.ArgumentParser, say: Say) -> None:
         (_info, "tell everything about a container"),
     ):
         add(verb, text).add_argument("name", metavar="NAME")
+    add(_finish, "end updates that a power cut interrupted; done at boot")
     add(_pull, "fetch an image for a later update").add_argument("image", metavar="IMAGE")
     listing = add(_list, "tell which containers run; with --all, which there are")
     listing.add_argument("-a", "--all", action="store_true")
@@ -104,32 +105,41 @@ def _install(options: argparse.Namespace, say: Say) -> int:
 
 def _update(options: argparse.Namespace, say: Say) -> int:
     from firstboot import containers
+    from firstboot.containers import trial
 
     values = _values(options.set)
     if bool(options.name) == options.all or (options.all and options.rebase):
         raise UserError(
             "update takes one NAME, or --all without --rebase", hint="see --help", code=USAGE
         )
-    if options.name:
-        _update_one(options, options.name, values, say)
-        return OK
+    with trial.alone(options.root):
+        if options.name:
+            _update_one(options, options.name, values, say)
+            return OK
+        names = [c.name for c in containers.installed(options.root) if not c.preinstalled]
+        return _each(names, lambda name: _update_one(options, name, values, say), say)
+
+
+def _each(names: list[str], act: Callable[[str], None], say: Say) -> int:
+    """Do it to all, also after one has failed."""
     failed = 0
-    for container in containers.installed(options.root):
-        if container.preinstalled:
-            continue
+    for name in names:
         try:
-            _update_one(options, container.name, values, say)
+            act(name)
         except FirstbootError as error:
-            say(f"{container.name}: {error}")
+            say(f"{name}: {error}")
             failed += 1
     return FAILED if failed else OK
 
 
 def _update_one(options: argparse.Namespace, name: str, values: dict[str, str], say: Say) -> None:
     from firstboot import containers
+    from firstboot.containers import trial
 
     host = Units(options.root)
     unit = f"{name}.service"
+    if finish(host, name):
+        say(f"{name}: an update that was interrupted has come up")
     with host.brought_back(unit):
         done = containers.update(
             options.root,
@@ -148,41 +158,40 @@ def _update_one(options: argparse.Namespace, name: str, values: dict[str, str], 
     if not done.replaced:
         host.stop(unit)  # an interrupted update was completed under a unit that runs again
     if not host.stopped:
+        trial.end(options.root, name)
         say(f"{name}: updated; it was not running and was not started")
         return
     try:
-        host.start(unit)
-    except FirstbootError as error:
+        prove(host, name)
+    except UpdateFailed:
         say(f"Could not restart {name}.  Attempt automatic rollback")
-        _undo(options.root, name, host, error)
+        raise
     say(f"{name}: updated and restarted")
 
 
-def _undo(root: Path, name: str, host: Units, failure: FirstbootError) -> None:
-    from firstboot import containers
+def _finish(options: argparse.Namespace, say: Say) -> int:
+    from firstboot.containers import trial
 
-    unit = f"{name}.service"
-    try:
-        containers.rollback(root, name, stop=partial(host.stop, unit))
-        host.reload()
-        host.start(unit)
-    except FirstbootError as error:
-        raise LocalError(
-            f"the update of {name} did not come up ({failure}), nor did the rollback: {error}"
-        ) from None
-    raise LocalError(f"the update of {name} did not come up and was rolled back: {failure}")
+    def act(name: str) -> None:
+        if finish(Units(options.root), name):
+            say(f"{name}: its update, which was interrupted, has come up")
+
+    with trial.alone(options.root):
+        return _each(trial.names(options.root), act, say)
 
 
 def _rollback(options: argparse.Namespace, say: Say) -> int:
     from firstboot import containers
+    from firstboot.containers import trial
 
     host, unit = Units(options.root), f"{options.name}.service"
-    with host.brought_back(unit):
-        done = containers.rollback(options.root, options.name, stop=partial(host.stop, unit))
-        host.reload()
-    _tell(done.messages, say)
-    if host.stopped:
-        host.start(unit)
+    with trial.alone(options.root):
+        with host.brought_back(unit):
+            done = containers.rollback(options.root, options.name, stop=partial(host.stop, unit))
+            host.reload()
+        _tell(done.messages, say)
+        if host.stopped:
+            host.start(unit)
     say(f"{options.name}: rolled back to {done.container.deployment}")
     return OK
 

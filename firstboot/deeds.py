@@ -47,6 +47,8 @@ class Deeds:
         self._systemd: units.Systemd | None = None
         self._cancelled = threading.Event()
         self._replaced: set[str] = set()  # units whose container or file changed under them
+        self._installs: dict[str, plan.InstallContainer] = {}  # by unit, as they were last done
+        self._undone: set[str] = set()  # units whose container was rolled back
         self._writing = threading.Lock()  # the founding master learns of members meanwhile
         self.gate = ""  # why the health gate that is waited at is still shut
         self.gate_told: Callable[[], None] = lambda: None  # called when that changes, in a thread
@@ -67,12 +69,7 @@ class Deeds:
             case plan.UseResolver():
                 self._use_resolver(step)
             case plan.InstallContainer():
-                from firstboot import containers
-
-                done = containers.install(self.root, step.name, step.image, dict(step.values))
-                if done.replaced:
-                    self._replaced.add(done.container.unit)
-                self.systemd.reload()  # always: a crash may have come between install and this
+                self._install(step)
             case plan.StartUnit():
                 self._start_unit(step)
             case plan.Probe():
@@ -157,10 +154,46 @@ class Deeds:
                 owner = host.taken(address.strip("[]"), int(port))
                 if owner:
                     raise LocalError(f"port {port} is taken by {owner}")
+        if step.unit in self._undone:  # the old one serves meanwhile; what is asked for is the new
+            self._install(self._installs[step.unit])
         self.systemd.enable(step.unit)
         restart = step.unit in self._replaced
-        self.systemd.start(step.unit, deadline=step.deadline, restart=restart)
+        if step.unit in self._installs and self._on_trial(step.unit):
+            self._prove(step)
+        else:
+            self.systemd.start(step.unit, deadline=step.deadline, restart=restart)
         self._replaced.discard(step.unit)
+
+    def _install(self, step: plan.InstallContainer) -> None:
+        from firstboot import containers
+
+        done = containers.install(self.root, step.name, step.image, dict(step.values))
+        unit = done.container.unit
+        if done.replaced:
+            self._replaced.add(unit)
+        self._installs[unit] = step
+        self._undone.discard(unit)
+        self.systemd.reload()  # always: a crash may have come between install and this
+
+    def _on_trial(self, unit: str) -> bool:
+        from firstboot.containers import trial
+
+        return trial.before(self.root, self._installs[unit].name) is not None
+
+    def _prove(self, step: plan.StartUnit) -> None:
+        """Change a unit over to what replaced its container; if that fails, roll back."""
+        from firstboot import container_units
+        from firstboot.containers import trial
+
+        units = container_units.Units(self.root, self.systemd)
+        try:
+            with trial.alone(self.root):
+                name = self._installs[step.unit].name
+                container_units.prove(units, name, step.deadline, restart=True)
+        except container_units.UpdateFailed:
+            self._replaced.discard(step.unit)
+            self._undone.add(step.unit)
+            raise
 
     def _write_file(self, step: plan.WriteFile) -> None:
         where = self.root / step.path[1:]

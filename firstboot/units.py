@@ -136,6 +136,12 @@ class Systemd:
                 bus.manager("Reload", "")  # or the new links count only after the next boot
             return bool(carries)
 
+    def is_enabled(self, unit: str) -> bool:
+        """Whether a unit is started at boot."""
+        with self._connection() as bus:
+            path = str(bus.manager("LoadUnit", "s", unit))
+            return str(bus.properties(path, _UNIT)["UnitFileState"]).startswith("enabled")
+
     def state(self, unit: str) -> UnitState:
         """What systemd thinks of a unit; ``load`` is ``not-found`` if there is none."""
         with self._connection() as bus:

@@ -45,7 +45,7 @@ UPPER = {
     "journal": set(),
     "late": set(),
     "supply": {"host", "pki"},
-    "deeds": {"containers", "health", "host", "units"},
+    "deeds": {"container_units", "containers", "health", "host", "units"},
     "carrier": {"deeds", "host", "pki", "supply", "transport"},
     "greeting": {"host"},
     "publisher": {"discovery", "greeting", "host", "journal"},

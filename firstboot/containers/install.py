@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from firstboot.containers import disk, variables
+from firstboot.containers import disk, trial, variables
 from firstboot.containers import runtime as oci
 from firstboot.containers.activation import match, retire, withdraw
 from firstboot.containers.deployment import Request, prepare, run_once
@@ -124,11 +124,8 @@ def rollback(root: Path, name: str, *, stop: Callable[[], None] | None = None) -
         current = store.current(name)
         if current is None:
             raise ContainerError(f"{name} is not installed")
-        mark = _rollback_mark(store, name)
-        if disk.read_if_there(mark) == current.directory.name.encode():
-            before = store.previous(name, current)  # a crash came between the link and the rest
-            _, reload, messages = match(store, current, before, anew=True)
-            mark.unlink()
+        if _interrupted_rollback(store, current):
+            reload, messages = _complete_rollback(store, current)
             after = current
         else:
             found = store.previous(name, current)
@@ -138,6 +135,27 @@ def rollback(root: Path, name: str, *, stop: Callable[[], None] | None = None) -
             after = found
         container = store.container(after)
         return Installed(container, True, reload, replaced=True, messages=tuple(messages))
+
+
+def resume(root: Path, name: str) -> Installed | None:
+    """Complete a replacement of `name`, or a rollback, that was interrupted; None if none was.
+
+    `Installed.replaced`: its new deployment is on trial. The caller starts the unit, and then ends
+    the trial or rolls back.
+    """
+    with _store(root, "finish the update of", name) as store:
+        before, current = trial.before(store.root, name), store.current(name)
+        if before is None or current is None:
+            trial.end(store.root, name)
+            return None
+        if _interrupted_rollback(store, current):
+            reload, messages = _complete_rollback(store, current)
+            done = Installed(store.container(current), True, reload, messages=tuple(messages))
+        else:
+            done = replace(_again(store, current, None), replaced=current.directory.name != before)
+        if not done.replaced:
+            trial.end(store.root, name)
+        return done
 
 
 def uninstall(root: Path, name: str) -> Removed:
@@ -157,6 +175,7 @@ def uninstall(root: Path, name: str) -> Removed:
         messages, reload = withdraw(store, name, deployments)
         for mark in (_enable_mark(store, name), _rollback_mark(store, name)):
             mark.unlink(missing_ok=True)
+        trial.end(store.root, name)
         store.link(name).unlink(missing_ok=True)
         disk.sync_directory(store.checkouts)
         for slot in ours:
@@ -261,6 +280,7 @@ def _switch(
 ) -> tuple[bool, list[str]]:
     """Put `after` into use; on any failure `before` is again, and `after` goes unless `back`."""
     link, mark = store.link(after.name), _rollback_mark(store, after.name)
+    tried = trial.before(store.root, after.name)
     try:
         if back:
             disk.write_file(mark, after.directory.name.encode(), 0o600)
@@ -272,16 +292,21 @@ def _switch(
         first = enable if before is None else None
         if first:
             disk.write_file(_enable_mark(store, after.name), b"", 0o600)
+        if before and after.record.has_service and not back:
+            trial.begin(store.root, after.name, before.directory.name)
         disk.switch_link(link, store.seen(after.directory))
         _, reload, messages = match(store, after, before, anew=True)
         if first:
             first(store.container(after))
             _enable_mark(store, after.name).unlink()
         if back:
-            mark.unlink()
+            trial.end(store.root, after.name)
+            mark.unlink()  # last: without it the next rollback goes forth again
     except BaseException:
         with suppress(OSError, ContainerError):
             _switch_back(store, after, before, back=back)
+            if back and tried:
+                trial.begin(store.root, after.name, tried)
         raise
     return reload, messages
 
@@ -298,7 +323,22 @@ def _switch_back(store: Store, after: Deployment, before: Deployment | None, *, 
     if back:
         _rollback_mark(store, after.name).unlink(missing_ok=True)
     else:
+        trial.end(store.root, after.name)
         disk.wipe(after.directory)
+
+
+def _interrupted_rollback(store: Store, current: Deployment) -> bool:
+    """Whether a crash came between a rollback's change of the link and the rest."""
+    mark = disk.read_if_there(_rollback_mark(store, current.name))
+    return mark == current.directory.name.encode()
+
+
+def _complete_rollback(store: Store, current: Deployment) -> tuple[bool, list[str]]:
+    before = store.previous(current.name, current)
+    _, reload, messages = match(store, current, before, anew=True)
+    trial.end(store.root, current.name)
+    _rollback_mark(store, current.name).unlink()
+    return reload, messages
 
 
 def _root_elsewhere(path: Path) -> str:

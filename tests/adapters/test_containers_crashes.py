@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from firstboot import containers
-from firstboot.containers import ContainerError
+from firstboot.containers import ContainerError, trial
 from tests.adapters.oci_images import HOSTFS, PLAIN, build, need_tools, snapshot
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -130,6 +130,34 @@ def test_the_next_call_makes_good_a_power_cut_at_any_moment(change: Change) -> N
         change.make(root)
         assert snapshot(root) == change.after, f"after a power cut before change {at}"
         shutil.rmtree(root)
+
+
+def test_what_a_power_cut_left_is_completed_at_boot_or_rolled_back(memory: Path) -> None:
+    """Whatever deployment is in use then, the host matches it, and the one before is there."""
+    need_tools()
+    change = Change(memory, replaces=True)
+    seen = set()
+    for at in range(1, change.count + 1):
+        root = change.host()
+        _, status = in_child(partial(change.make, root), at, power_cut)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        done = containers.resume(root, "web")
+        now = containers.info(root, "web")
+        assert now is not None
+        new = now.deployment.endswith("web.1")
+        seen.add((new, done is not None and done.replaced))
+        assert (new, new) in seen, "a new deployment is on trial"
+        if new:
+            assert files_of(snapshot(root)) == files_of(change.after)
+            containers.rollback(root, "web")
+        for name in trial.names(root):  # an unfinished mark
+            assert containers.resume(root, name) is None
+        assert trial.names(root) == []
+        # The names under which files and links are prepared are used again by the next call.
+        in_use = {p: what for p, what in files(change, root).items() if not p.endswith(".new")}
+        assert in_use == files(change, change.before), f"after a power cut before change {at}"
+        shutil.rmtree(root)
+    assert seen == {(True, True), (False, False)}
 
 
 def assert_old_or_new(change: Change, root: Path) -> None:

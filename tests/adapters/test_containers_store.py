@@ -239,6 +239,7 @@ def test_a_replacement_removes_what_the_new_image_lacks(
     assert done.messages == (expected,)
     left = {str(p.relative_to(root)) for p in root.rglob("*") if not p.is_dir()}
     assert {p for p in left if not p.startswith("var/lib/containers")} == {
+        "var/lib/firstboot-containers/web",
         "etc/web-conf/raw.conf",
         "etc/systemd/system/web.service",
     }

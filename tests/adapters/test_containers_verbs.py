@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from firstboot import cli, container_units, container_verbs, containers
+from firstboot.containers import trial
 from firstboot.protocol.errors import LocalError
-from firstboot.units import UnitState
+from firstboot.units import SystemdFailed, UnitState
 from tests.adapters.oci_images import (
     HOSTFS,
     MANIFEST,
@@ -445,8 +446,11 @@ class Units:
         self.note("stop")
         self.active.discard(unit)
 
-    def start(self, unit: str, deadline: float) -> None:
-        self.note("start")
+    def is_enabled(self, unit: str) -> bool:
+        return unit in self.enabled
+
+    def start(self, unit: str, deadline: float, *, restart: bool = False) -> None:
+        self.note("restart" if restart else "start")
         if self.fails:
             self.fails -= 1
             raise LocalError(f"{unit} failed: it exited with status 3")
@@ -549,6 +553,93 @@ def test_an_update_that_dies_soon_is_rolled_back(
     told = say("update", "--set=GREETING=bad", "web", code=1)
     assert "was rolled back: web.service did not stay up: failed (exit-code)" in told
     assert current(root).values["GREETING"] == "hello"
+
+
+def cut_short(root: Path) -> None:
+    """An update up to where its unit would be started."""
+    containers.update(root, "web", {"GREETING": "new"})
+    assert trial.names(root) == ["web"]
+
+
+def test_an_update_that_was_cut_short_comes_up_at_boot(
+    say: Say, units: Units, plain: str, root: Path
+) -> None:
+    say("install", "--name=web", plain)
+    cut_short(root)
+    units.asked.clear()
+    assert "web: its update, which was interrupted, has come up" in say("finish")
+    assert units.asked == ["reload web.1", "start web.1"]
+    assert trial.names(root) == []
+    units.asked.clear()
+    assert say("finish") == ""
+    assert units.asked == [], "once"
+
+
+def test_an_update_that_was_cut_short_and_does_not_come_up_is_rolled_back_at_boot(
+    say: Say, units: Units, plain: str, root: Path
+) -> None:
+    say("install", "--name=web", plain)
+    cut_short(root)
+    units.fails = 1
+    units.asked.clear()
+    assert "web: the update of web did not come up and was rolled back" in say("finish", code=1)
+    assert units.asked == ["reload web.1", "start web.1", "reload web.0", "start web.0"]
+    assert current(root).values["GREETING"] == "hello"
+    assert trial.names(root) == []
+
+
+def test_an_update_that_was_cut_short_before_its_link_changed(
+    say: Say, units: Units, plain: str, root: Path
+) -> None:
+    say("install", "--name=web", plain)
+    trial.begin(root, "web", "web.0")
+    units.fails = 9
+    assert "did not come up" not in say("finish", code=1), "there is nothing to roll back to"
+    assert current(root).deployment.endswith("web.0")
+    assert trial.names(root) == []
+
+
+def test_a_unit_that_is_not_started_at_boot_is_not_started(
+    say: Say, units: Units, plain: str, root: Path
+) -> None:
+    say("install", "--name=web", plain)
+    units.enabled.clear()
+    cut_short(root)
+    units.asked.clear()
+    say("finish")
+    assert units.asked == ["reload web.1"]
+    assert trial.names(root) == []
+
+
+def test_the_next_update_ends_the_one_before(
+    say: Say, units: Units, plain: str, root: Path
+) -> None:
+    """Else it would overwrite the deployment that is known to work."""
+    say("install", "--name=web", plain)
+    cut_short(root)
+    units.fails = 1
+    assert "was rolled back" in say("update", "--set=GREETING=newer", "web", code=1)
+    assert current(root).values["GREETING"] == "hello"
+    say("update", "--set=GREETING=newer", "web")
+    assert current(root).values["GREETING"] == "newer"
+    assert trial.names(root) == []
+
+
+def test_a_unit_that_cannot_be_asked_leaves_the_container_on_trial(
+    say: Say, units: Units, plain: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say("install", "--name=web", plain)
+    cut_short(root)
+
+    def start(*_: object, **__: object) -> None:
+        raise SystemdFailed("no message bus")
+
+    monkeypatch.setattr(units, "start", start)
+    assert "no message bus" in say("finish", code=1)
+    assert current(root).deployment.endswith("web.1")
+    assert trial.names(root) == ["web"]
+    say("uninstall", "web")
+    assert trial.names(root) == []
 
 
 def test_what_was_stopped_for_an_update_that_failed_runs_again(

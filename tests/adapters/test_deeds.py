@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 import firstboot.deeds
-from firstboot import host
+from firstboot import container_units, containers, host
+from firstboot.containers import trial
 from firstboot.deeds import Deeds
 from firstboot.health import ProbeFailed
 from firstboot.protocol import plan
 from firstboot.protocol.errors import LocalError
 from firstboot.units import UnitFailed, UnitState
+from tests.adapters.oci_images import PLAIN, build, need_tools
 
 SECRETS = {"ca.crt": b"-CERT-\n", "x.key": b"-KEY-\n", "hosts": b"10.0.0.1 a\n"}
 
@@ -142,6 +144,82 @@ def test_data_of_an_earlier_cluster_is_not_taken_over(deeds: Made) -> None:
     data.rmdir()
     deeds.run(step)
     assert mode(deeds.root / "var/lib/etcd") == 0o700
+
+
+# ---------------------------------------------------------------- containers
+
+
+class Refusing(Systemd):
+    """A systemd whose `web.service` does not come up with the values in `refused`."""
+
+    def __init__(self, root: Path, refused: set[str]) -> None:
+        super().__init__()
+        self.root, self.refused = root, refused
+
+    def stop(self, _unit: str, _deadline: float) -> None:
+        self.active = "inactive"
+
+    def start(self, unit: str, deadline: float, *, restart: bool = False) -> None:
+        super().start(unit, deadline, restart=restart)
+        found = containers.info(self.root, "web")
+        assert found is not None
+        if found.values["GREETING"] in self.refused:
+            self.active = "failed"
+            raise UnitFailed(unit, "exit-code", "it exited with status 3", 3, ("last words",))
+        self.active = "active"
+
+
+def greeting(root: Path) -> str:
+    found = containers.info(root, "web")
+    assert found is not None
+    return found.values["GREETING"]
+
+
+def test_a_container_that_does_not_come_up_with_what_replaced_it_is_rolled_back(
+    deeds: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_tools()
+    monkeypatch.setattr(container_units, "SETTLE_SECONDS", 0.2)
+    manager = Refusing(deeds.root, {"bad"})
+    deeds._systemd = manager  # type: ignore[assignment]
+    image = build(tmp_path / "image", PLAIN)
+    start = plan.StartUnit("web.service")
+    deeds.run(plan.InstallContainer("web", image, (("GREETING", "good"),)))
+    deeds.run(start)
+    assert manager.started == [("web.service", False)]
+    deeds.run(plan.InstallContainer("web", image, (("GREETING", "bad"),)))
+    assert trial.names(deeds.root) == ["web"]
+    for _ in range(2):  # what is asked for is tried again, and never quietly given up
+        with pytest.raises(LocalError, match=r"web did not come up and was rolled back") as caught:
+            deeds.run(start)
+        assert "it exited with status 3" in str(caught.value)
+        assert getattr(caught.value, "detail", "") == "last words"
+        assert (greeting(deeds.root), manager.active) == ("good", "active")
+        assert trial.names(deeds.root) == []
+    manager.refused.clear()
+    deeds.run(start)
+    assert (greeting(deeds.root), manager.active) == ("bad", "active")
+    assert trial.names(deeds.root) == []
+    manager.started.clear()
+    deeds.run(start)
+    assert manager.started == [("web.service", False)], "settled: no restart"
+
+
+def test_a_process_killed_before_the_restart_leaves_it_to_the_next(
+    deeds: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_tools()
+    monkeypatch.setattr(container_units, "SETTLE_SECONDS", 0.2)
+    image = build(tmp_path / "image", PLAIN)
+    steps = [plan.InstallContainer("web", image, (("GREETING", g),)) for g in ("one", "two")]
+    deeds.run(steps[0])
+    deeds.manager.active = "active"
+    deeds.run(steps[1])
+    later = Made(deeds.root)
+    later.manager.active = "active"
+    later.run(steps[1])
+    later.run(plan.StartUnit("web.service"))
+    assert later.manager.started == [("web.service", True)]
 
 
 # ---------------------------------------------------------------- ports

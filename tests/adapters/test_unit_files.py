@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from firstboot import host
+from firstboot.containers import trial
 from firstboot.host.status import STATUS
 from firstboot.protocol.errors import UserError
 from firstboot.userdata import places
@@ -219,4 +220,11 @@ def test_multi_user_waits_for_nobody() -> None:
     assert said["WantedBy"] == ["multi-user.target"]
     assert "Before" not in said
     assert "RequiredBy" not in said
-    assert said["Wants"] == ["network-online.target"]
+    assert said["Wants"] == ["network-online.target", "firstboot-containers.service"]
+
+
+def test_the_end_of_interrupted_updates_holds_up_no_boot() -> None:
+    said = settings("firstboot-containers.service")
+    assert said["Type"] == ["simple"], "what is ordered after it waits for its start only"
+    assert "Before" not in said
+    assert said["ConditionDirectoryNotEmpty"] == [trial.DIRECTORY]
