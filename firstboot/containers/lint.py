@@ -44,6 +44,7 @@ DEAD = FORCED | {
     "RUN_DIRECTORY", "PIDFILE", "CONF_DIRECTORY", "STATE_DIRECTORY", "ALL_PROCESS_CAPABILITIES",
     "RUNTIME", "ATOMIC",
 }  # fmt: skip
+NOTIFY = "/run/systemd/notify"  # systemd's own socket, wherever RUN_DIRECTORY is
 CREATES = re.compile(r"^[dDvqQeLCfF]\S*\s+\"?([^\s\"]+)", re.MULTILINE)
 
 
@@ -181,7 +182,7 @@ def _config(name: str, text: str, raw: str, tmpfiles: str | None) -> Iterator[Fi
         if mount.get("type") == "rbind":
             text = f"the mount at {where} has type rbind; make it type bind with option rbind"
             yield Finding("mount-type", True, name, text)
-        if mount.get("type") != "bind":
+        if mount.get("type") != "bind" or source == NOTIFY:
             continue
         for literal, variable in (("/var/lib/", "STATE_DIRECTORY"), ("/run/", "RUN_DIRECTORY")):
             if f'"{literal}' in raw and source.startswith(literal) and f'"{source}' in raw:
@@ -233,5 +234,11 @@ def _unit(raw: str) -> Iterator[Finding]:
             "a container is detached only if $EXEC_STOPPOST and $PIDFILE are both there, unbraced"
         )
         yield Finding("pid-file", False, UNIT, text)
+    if "Type=notify" in lines and "UnsetEnvironment=NOTIFY_SOCKET" not in lines:
+        text = (
+            "runc waits for the READY of a payload that has died: say UnsetEnvironment="
+            f"NOTIFY_SOCKET, and have config.json bind {NOTIFY} and set NOTIFY_SOCKET"
+        )
+        yield Finding("notify", False, UNIT, text)
     if "$EXEC_STARTPRE" not in raw and all(pair):
         yield Finding("start-pre", False, UNIT, "ExecStartPre= is not $EXEC_STARTPRE")

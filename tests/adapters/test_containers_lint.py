@@ -137,6 +137,10 @@ SPOILED: dict[str, tuple[bool, Spoil]] = {
             "service.template", UNIT + "ExecStopPost=$EXEC_STOPPOST\nPIDFile=$PIDFILE\n"
         ),
     ),
+    "notify": (
+        False,
+        lambda s: s.edit("service.template", "[Service]\n", "[Service]\nType=notify\n"),
+    ),
     "missing-file": (False, lambda s: (s.directory / "tmpfiles.template").unlink()),
     "no-default": (False, lambda s: s.write("service.template", UNIT + "# $UNKNOWN\n")),
     "dead-default": (

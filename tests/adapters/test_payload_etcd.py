@@ -302,6 +302,7 @@ class Host:
                 self.move_cgroup()
             elif isinstance(step, StartUnit):
                 unit = (self.root / "etc/systemd/system" / step.unit).read_text()
+                assert "\nUnsetEnvironment=NOTIFY_SOCKET\n" in unit
                 (start,) = (x for x in unit.splitlines() if x.startswith("ExecStart="))
                 self.command = shlex.split(start.removeprefix("ExecStart="))
             elif isinstance(step, Probe):
@@ -321,6 +322,9 @@ class Host:
             f"mount --bind {self.root}/var/lib /var/lib; mount --bind {self.root}/etc /etc;"
             # crun 1.8 refuses to run where both hierarchies are mounted.
             "umount /sys/fs/cgroup/unified 2>/dev/null;"
+            # systemd's socket is this host's.
+            "mount -t tmpfs tmpfs /run; mkdir /run/systemd; : >/run/systemd/notify;"
+            f"mount --bind {self.state}/notify /run/systemd/notify;"
             f"cd {self.deployment} || exit 1;"
             'exec "$@"'
         )
@@ -340,7 +344,7 @@ class Host:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "NOTIFY_SOCKET": str(self.state / "notify")},
+                env={k: v for k, v in os.environ.items() if k != "NOTIFY_SOCKET"},
             )
 
     def wait_ready(self) -> None:
@@ -350,7 +354,7 @@ class Host:
         self.told_ready.clear()
 
     def listen(self) -> None:
-        """Take every notification, as systemd does: crun waits until its last one is read."""
+        """Take every notification, as systemd does."""
         while message := self.notifications.recv(4096):
             if b"READY=1" in message:
                 self.told_ready.set()

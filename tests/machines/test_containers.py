@@ -86,11 +86,21 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build(top / "one", BASE, version("one"))
     build(top / "two", BASE, version("two"), {"exports/hostfs/etc/two.conf": "two\n"})
     build(top / "ends", BASE, version("ends"), {config: template("sh", "-c", "exit 3")})
+    late = template("sh", "-c", "sleep 2; exit 3")
+    build(top / "late", BASE, version("late"), {config: late})
     build(top / "unknown", BASE, version("unknown"), {unit: UNIT + "# $NOBODY_KNOWS\n"})
     broken = {config: '{"root": {"path": "rootfs", "readonly": true} $NAME'}
     build(top / "nojson", BASE, version("nojson"), broken)
     default = {"exports/.wh.service.template": ""}  # the built-in unit: detached, with a pid file
     build(top / "detached", BASE, version("one"), default)
+    for broken_layout in ("damaged", "incomplete"):
+        build(top / broken_layout, BASE, version(broken_layout))
+        blobs = (top / broken_layout / "blobs/sha256").iterdir()
+        layer = max(blobs, key=lambda path: path.stat().st_size)
+        if broken_layout == "damaged":
+            layer.write_bytes(layer.read_bytes()[:-1] + b"x")
+        else:
+            layer.unlink()
     once = {config: template("sh", "-c", "echo ran here; echo $$(date) >> /data/ran")}
     build(top / "once", BASE, version("once"), once, labels={"atomic.run": "once"})
     return top
@@ -234,12 +244,28 @@ def test_an_update_that_does_not_come_up_is_rolled_back(machine: Machine, rig: R
     assert row(machine, "web")["image_name"] == "oci:/images/two"
 
 
+def test_a_port_that_is_taken(machine: Machine, rig: Rig) -> None:
+    taken = "--unit=taken", "python3", "-m", "http.server", "--bind=127.0.0.1", "8002"
+    machine.exec("systemd-run", *taken)
+    until(rig, lambda: "<html" in served(machine, 8002).lower(), "somebody else's server is there")
+    before = link(machine, "web")
+    said = containers(machine, "update", "--set=PORT=8002", "web", code=1)
+    assert "did not come up and was rolled back" in said
+    assert "Address already in use" in machine.journal("web.service")
+    until(rig, lambda: served(machine) == "version two", "version two serves still")
+    assert (link(machine, "web"), is_active(machine, "web")) == (before, "active")
+    assert "<html" in served(machine, 8002).lower()
+    machine.exec("systemctl", "stop", "taken")
+
+
 @pytest.mark.parametrize(
     ("image", "error"),
     [
         ("unknown", "still contains an unreplaced value for: ''NOBODY_KNOWS''"),
         ("nojson", "is not JSON"),
         ("absent", "is not an OCI image layout"),
+        ("damaged", "does not match its digest.  Please pull the image again"),
+        ("incomplete", "Layer not found: sha256:"),
     ],
 )
 def test_an_image_that_is_refused_leaves_the_container_running(
@@ -277,6 +303,38 @@ def test_a_power_cut_during_an_update(machine: Machine, rig: Rig, wait: float) -
     until(rig, lambda: served(machine) == after, f"{after} serves")
 
 
+CUT_AT_THE_SWITCH = """
+old=$(readlink /var/lib/containers/atomic/web)
+firstboot containers update --rebase=oci:/images/late web & update=$!
+while [ "$(readlink /var/lib/containers/atomic/web)" = "$old" ]; do :; done
+kill -9 $update
+"""
+
+
+def test_an_update_cut_short_that_does_not_come_up_is_rolled_back_at_boot(
+    machine: Machine, rig: Rig
+) -> None:
+    """The process dies when the link has changed, and then the machine loses its power."""
+    before, serves = link(machine, "web"), served(machine)
+    machine.exec("sh", "-c", CUT_AT_THE_SWITCH, timeout=90)
+    assert link(machine, "web") != before
+    machine.kill()
+    machine.start()
+    machine.ready()
+    until(rig, lambda: link(machine, "web") == before, "the link is back")
+    until(rig, lambda: served(machine) == serves, "what was before serves")
+    said = "web: the update of web did not come up and was rolled back"
+    told = lambda: said in machine.journal("firstboot-containers.service")  # noqa: E731
+    until(rig, told, "it is said")
+    assert machine.exec("ls", "-A", "/var/lib/firstboot-containers").stdout == ""
+    machine.kill()
+    machine.start()
+    machine.ready()
+    until(rig, lambda: served(machine) == serves, "and again")
+    ran = machine.exec("systemctl", "show", "-P", "ConditionResult", "firstboot-containers").stdout
+    assert ran == "no\n", "nothing is on trial, so nothing runs"
+
+
 def test_uninstall(machine: Machine) -> None:
     machine.exec("touch", "/var/lib/web/precious")
     containers(machine, "uninstall", "web")
@@ -310,6 +368,25 @@ def test_both_runtimes_in_both_modes(machine: Machine, rig: Rig, runtime: str, i
     assert row(machine, "web")["runtime"].endswith(runtime)
     containers(machine, "uninstall", "web")
     assert machine.exec(runtime, "list", "-q").stdout == ""
+
+
+@pytest.mark.parametrize("runtime", ["runc", "crun"])
+def test_a_payload_that_dies_before_it_is_ready(machine: Machine, rig: Rig, runtime: str) -> None:
+    """etcd's own unit of Type=notify: who waits for its READY is told at once that none comes."""
+    machine.exec("mkdir", "-p", "/etc/etcd", "/var/lib/etcd")
+    image = "oci:/usr/lib/firstboot/images/etcd"
+    containers(machine, "install", "--name=etcd", f"--runtime={runtime}", image)
+    machine.exec("systemctl", "start", "etcd", timeout=60)
+    pid = main_pid(machine, "etcd")
+    bad = '--set=ETCD_ARGS=,"--no-such-flag"'
+    said = containers(machine, "update", bad, "etcd", code=1)
+    assert "was rolled back" in said
+    assert "it ended without telling that it is ready" in said, "nobody waited for a timeout"
+    assert is_active(machine, "etcd") == "active"
+    assert main_pid(machine, "etcd") != pid
+    containers(machine, "uninstall", "etcd")
+    assert machine.exec(runtime, "list", "-q").stdout == ""
+    machine.exec("rm", "-rf", "/etc/etcd", "/var/lib/etcd")
 
 
 def test_an_image_that_is_run_once(machine: Machine) -> None:
