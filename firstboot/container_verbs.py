@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 OK, FAILED, USAGE = 0, 1, 64
+LONGEST_PASSWORD = 4096
 SYSTEM_PACKAGE = ("auto", "build", "no", "yes")
 COLUMNS = ("container", "image", "command", "created", "state", "backend", "runtime")
 
@@ -51,6 +54,13 @@ def declare(parser: argparse.ArgumentParser, say: Say) -> None:
     for sub in (install, update):
         sub.add_argument("--set", metavar="NAME=VALUE", action="append", default=[])
         sub.add_argument("--runtime", help="runc, crun or a path")
+    pull = add(_pull, "fetch an image for a later update")
+    pull.add_argument("image", metavar="IMAGE")
+    for sub in (install, update, pull):
+        sub.add_argument("--authfile", type=Path, metavar="FILE", help="passwords for registries")
+        sub.add_argument(
+            "--src-creds", metavar="USER", help="log in to the registry; asks for the password"
+        )
     for verb, text in (
         (_rollback, "change back to the deployment before; again, and it is forth"),
         (_uninstall, "stop and remove a container; images and its own data stay"),
@@ -58,7 +68,6 @@ def declare(parser: argparse.ArgumentParser, say: Say) -> None:
     ):
         add(verb, text).add_argument("name", metavar="NAME")
     add(_finish, "end updates that a power cut interrupted; done at boot")
-    add(_pull, "fetch an image for a later update").add_argument("image", metavar="IMAGE")
     listing = add(_list, "tell which containers run; with --all, which there are")
     listing.add_argument("-a", "--all", action="store_true")
     listing.add_argument("--json", action="store_true")
@@ -82,16 +91,18 @@ def _install(options: argparse.Namespace, say: Say) -> int:
     host = Units(options.root)
     present = containers.info(options.root, name)
 
-    done = containers.install(
-        options.root,
-        name,
-        options.image,
-        values,
-        options.runtime,
-        replace=False,
-        rootfs=options.rootfs,
-        enable=host.enable,
-    )
+    with _logged_in(options, options.image) as authfile:
+        done = containers.install(
+            options.root,
+            name,
+            options.image,
+            values,
+            options.runtime,
+            replace=False,
+            rootfs=options.rootfs,
+            enable=host.enable,
+            authfile=authfile,
+        )
     if present or not (done.changed or done.ran):
         say(f"{name} already present")
         if done.changed:
@@ -112,7 +123,10 @@ def _update(options: argparse.Namespace, say: Say) -> int:
         raise UserError(
             "update takes one NAME, or --all without --rebase", hint="see --help", code=USAGE
         )
-    with trial.alone(options.root):
+    if options.src_creds and not options.rebase:
+        raise UserError("update needs --src-creds only with --rebase", code=USAGE)
+    with trial.alone(options.root), _logged_in(options, options.rebase or "") as authfile:
+        options.authfile = authfile
         if options.name:
             _update_one(options, options.name, values, say)
             return OK
@@ -148,6 +162,7 @@ def _update_one(options: argparse.Namespace, name: str, values: dict[str, str], 
             image=options.rebase,
             runtime=options.runtime,
             stop=partial(host.stop, unit),
+            authfile=options.authfile,
         )
         host.reload()
     if not done.changed:
@@ -214,7 +229,8 @@ def _uninstall(options: argparse.Namespace, say: Say) -> int:
 def _pull(options: argparse.Namespace, say: Say) -> int:
     from firstboot import containers
 
-    say(containers.pull(options.root, options.image))
+    with _logged_in(options, options.image) as authfile:
+        say(containers.pull(options.root, options.image, authfile=authfile))
     return OK
 
 
@@ -268,6 +284,43 @@ def _lint(options: argparse.Namespace, say: Say) -> int:
     errors = sum(finding.error for finding in found)
     say(f"errors: {errors}, warnings: {len(found) - errors}")
     return FAILED if errors else OK
+
+
+@contextmanager
+def _logged_in(options: argparse.Namespace, image: str) -> Iterator[Path | None]:
+    """The file with the password for `image`, None if none was asked for."""
+    user = options.src_creds
+    if not user:
+        yield options.authfile
+        return
+    from firstboot.containers import credentials
+    from firstboot.containers.image import DEFAULT_REGISTRY, registry
+
+    if options.authfile or ":" in user:
+        raise UserError(
+            "--src-creds takes the user's name only, and no --authfile beside it",
+            hint="the password is read from standard input: everybody may read a command line",
+            code=USAGE,
+        )
+    where = registry(image)
+    if where is None:
+        raise UserError(f"{image} is from no registry: it needs no --src-creds", code=USAGE)
+    with credentials.written(where or DEFAULT_REGISTRY, user, _password(user)) as path:
+        yield path
+
+
+def _password(user: str) -> str:
+    if sys.stdin.isatty():
+        from getpass import getpass
+
+        found = getpass(f"password of {user}: ")
+    else:
+        found = sys.stdin.readline(LONGEST_PASSWORD).rstrip("\n")
+    if not found:
+        raise UserError(
+            "--src-creds reads a password from standard input; there is none", code=USAGE
+        )
+    return found
 
 
 # ---------------------------------------------------------------- words

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from firstboot.containers import disk, repository
+from firstboot.containers import credentials, disk, repository
 from firstboot.containers.layout import read_layout, verified
 from firstboot.containers.store import NAME, Store
 from firstboot.containers.tools import ContainerError, run
@@ -21,6 +21,7 @@ from firstboot.containers.tools import ContainerError, run
 PULL_SECONDS = 1800.0
 NAMES_LIMIT = 1024 * 1024  # bytes of an archive's list of names
 REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,400}\Z")
+DEFAULT_REGISTRY = "docker.io"  # skopeo's
 REMEDY = "use oci:/LAYOUT:TAG, a registry's name, docker:NAME:TAG or dockertar:/FILE"
 
 
@@ -96,12 +97,19 @@ def default_name(reference: str) -> str:
 
 def doubt(reference: str) -> str:
     """What to tell of a name that leaves its registry to skopeo; empty if it does not."""
-    if reference.startswith(("oci:/", "docker:", "dockertar:")):
+    if registry(reference) != "":
         return ""
-    first, slash, _ = _source(reference).name.partition("/")
-    if slash and ("." in first or ":" in first or first == "localhost"):
-        return ""
-    return f"{reference} names no registry: docker.io is asked"
+    return f"{reference} names no registry: {DEFAULT_REGISTRY} is asked"
+
+
+def registry(reference: str) -> str | None:
+    """The registry that `reference` names, empty if it leaves that open; None if it needs none."""
+    source = _source(reference) if not reference.startswith("dockertar:") else None
+    if source is None or not source.origin.startswith("docker://"):
+        return None
+    first, slash, _ = source.name.partition("/")
+    named = slash and ("." in first or ":" in first or first == "localhost")
+    return first if named else ""
 
 
 def _source(reference: str) -> Source:
@@ -189,6 +197,8 @@ def _pull(
     argv += ["copy", "--quiet", *source.flags]
     if source.origin.startswith("docker://"):
         argv += ["--retry-times", "3"]
+        if authfile := credentials.choose(store.root, store.authfile):
+            argv += ["--src-authfile", authfile]
     argv += [source.origin, f"oci:{partial}:image"]
     try:
         run(argv, timeout=PULL_SECONDS, environment=store.settings.proxies)

@@ -73,6 +73,7 @@ def install(
     replace: bool = True,
     rootfs: Path | None = None,
     enable: Callable[[Container], None] | None = None,
+    authfile: Path | None = None,
 ) -> Installed:
     """Make `name` an installed container of `image` with `values` on the host at `root`.
 
@@ -80,10 +81,11 @@ def install(
     `replace` is false. `image` is what `image.locate` takes, paths as this process sees them.
     `runtime` is a program's name or path. `rootfs` is a root file system to use where it lies.
     `enable` is called once per container, when its unit is in place, and again if that was
-    interrupted; starting the unit is the caller's part. ContainerError in one sentence; then the
+    interrupted; starting the unit is the caller's part. `authfile` is for registries that want a
+    password (see `credentials.choose`). ContainerError in one sentence; then the
     deployment that was in use still is, or nothing was installed.
     """
-    with _store(root, "install", name) as store:
+    with _store(root, "install", name, authfile) as store:
         elsewhere = _root_elsewhere(rootfs) if rootfs else None
         wanted = Request(name, image, dict(values), runtime, elsewhere)
         base = store.current(name) or store.preinstalled(name)
@@ -100,6 +102,7 @@ def update(
     image: str | None = None,
     runtime: str | None = None,
     stop: Callable[[], None] | None = None,
+    authfile: Path | None = None,
 ) -> Installed:
     """Put the other deployment of `name` into use: of its image as it is now, or of `image`.
 
@@ -107,7 +110,7 @@ def update(
     is complete and before anything of the one in use changes. ContainerError in one sentence; the
     one in use still is then, and whatever `stop` stopped can be started again.
     """
-    with _store(root, "update", name) as store:
+    with _store(root, "update", name, authfile) as store:
         before = store.current(name)
         if before is None:
             if store.preinstalled(name):
@@ -183,9 +186,9 @@ def uninstall(root: Path, name: str) -> Removed:
         return Removed(name, reload, found, tuple(messages))
 
 
-def pull(root: Path, image: str) -> str:
+def pull(root: Path, image: str, *, authfile: Path | None = None) -> str:
     """Fetch `image` anew for a later installation or update; its id."""
-    with _store(root, "pull", image) as store:
+    with _store(root, "pull", image, authfile) as store:
         return fetch(image, store).id
 
 
@@ -357,9 +360,9 @@ def _rollback_mark(store: Store, name: str) -> Path:
 
 
 @contextmanager
-def _store(root: Path, verb: str, name: str) -> Iterator[Store]:
+def _store(root: Path, verb: str, name: str, authfile: Path | None = None) -> Iterator[Store]:
     with _sentences(verb, name):
-        store = Store(root)
+        store = Store(root, authfile)
         with store.locked():
             yield store
 

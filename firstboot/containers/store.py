@@ -153,10 +153,10 @@ def tmpfiles_copy(directory: Path, name: str) -> Path:
 
 
 class Store:
-    """The containers of the host whose root directory is `root`."""
+    """The containers of the host whose root directory is `root`; `authfile` is for pulls."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
+    def __init__(self, root: Path, authfile: Path | None = None) -> None:
+        self.root, self.authfile = root.absolute(), authfile
         self.settings = settings.read(self.root)
         self.checkouts = disk.inside(self.root, self.settings.checkouts)
         self.storage = self.checkouts / ".storage"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import http.server
+import io
 import json
 import os
 import platform
@@ -12,14 +13,16 @@ import shutil
 import socketserver
 import subprocess
 import sys
+import tempfile
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from firstboot import containers
+from firstboot import cli, containers
 from firstboot.containers import ContainerError, image, tools
 from tests.adapters.oci_images import (
     MANIFEST,
@@ -185,6 +188,7 @@ class Registry(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.layout = Path(image.removeprefix("oci:"))
         self.asked = 0
+        self.wants = ""  # a user and the password, as Basic authentication has them
 
     @property
     def reference(self) -> str:
@@ -197,6 +201,12 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked += 1
+        if self.server.wants and self.headers["Authorization"] != self.server.wants:
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Basic realm="team"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         index = json.loads((self.server.layout / "index.json").read_text())
         wanted = self.path.rpartition("/")[2]
         digest = index["manifests"][0]["digest"] if wanted == "1" else wanted
@@ -299,6 +309,77 @@ def test_a_crash_between_two_copies_loses_none(root: Path, registry: Registry) -
     assert registry.asked == asked
 
 
+# ---------------------------------------------------------------- passwords
+
+PASSWORD = "correct:horse"
+
+
+@pytest.fixture
+def locked(registry: Registry) -> Registry:
+    """A registry that wants a password."""
+    secret = b64encode(f"anna:{PASSWORD}".encode()).decode()
+    registry.wants = f"Basic {secret}"
+    return registry
+
+
+def auth(path: Path, registry: Registry) -> Path:
+    host = registry.reference.partition("/")[0]
+    secret = registry.wants.removeprefix("Basic ")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"auths": {host: {"auth": secret}}}))
+    return path
+
+
+def test_a_password_may_be_in_a_file_or_given(
+    root: Path,
+    locked: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reference = f"http:{locked.reference}"
+    spy = tmp_path / "bin/skopeo"
+    spy.parent.mkdir()
+    spy.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/argv\nexec {shutil.which("skopeo")} "$@"\n')
+    spy.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{spy.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("REGISTRY_AUTH_FILE", raising=False)
+    with pytest.raises(ContainerError, match=r"^skopeo failed: .*(unauthorized|authentication)"):
+        containers.pull(root, reference)
+    containers.pull(root, reference, authfile=auth(tmp_path / "given.json", locked))
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(auth(tmp_path / "env.json", locked)))
+    containers.pull(root, reference)
+    monkeypatch.delenv("REGISTRY_AUTH_FILE")
+    auth(root / "etc/firstboot/auth.json", locked)  # as user-data writes it for `firstboot run`
+    install(root, reference)
+    (root / "etc/firstboot/auth.json").unlink()
+    for words, typed, code in (
+        (["--src-creds=anna"], PASSWORD, 0),
+        (["--src-creds=anna"], "wrong", 1),
+        (["--src-creds=anna"], "", 64),
+        ([f"--src-creds=anna:{PASSWORD}"], PASSWORD, 64),
+        (["--src-creds=anna", "--authfile=/x"], PASSWORD, 64),
+        (["--authfile=/does/not/exist"], "", 1),
+    ):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{typed}\n"))
+        assert cli.main(["containers", "pull", f"--root={root}", *words, reference]) == code
+    assert PASSWORD not in (tmp_path / "argv").read_text()
+    told = capsys.readouterr()
+    assert PASSWORD not in told.out + told.err
+    assert "/does/not/exist cannot be read: No such file or directory" in told.err
+    assert not list(Path(tempfile.gettempdir()).glob("firstboot-*/auth.json"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("x\n"))
+    assert cli.main(["containers", "pull", "--src-creds=anna", "oci:/layout"]) == 64
+
+
+@pytest.mark.parametrize("text", ["", "[]", "secret"])
+def test_a_file_without_passwords(root: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "auth.json").write_text(text)
+    with pytest.raises(ContainerError, match="is not JSON as skopeo login writes it") as caught:
+        containers.pull(root, "registry.example.com/web", authfile=tmp_path / "auth.json")
+    assert "secret" not in str(caught.value)
+
+
 # ---------------------------------------------------------------- Docker's own
 
 
@@ -367,7 +448,7 @@ class DaemonAnswer(http.server.BaseHTTPRequestHandler):
 IN_A_NAMESPACE = """
 import sys
 from pathlib import Path
-from firstboot import containers
+from firstboot import cli, containers
 print(containers.install(Path(sys.argv[1]), "web", "docker:team/web:1", {}).container.image)
 """
 
