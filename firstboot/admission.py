@@ -219,7 +219,7 @@ class Admission(Service):
         for problem in status.problems(self.core):
             if problem.code not in TOLD_OTHERWISE:
                 self._once(" ".join(t for t in (problem.text, problem.hint) if t))
-        for report in (p.report() for p in (self.search.providers if self.search else ())):
+        for report in self.search.reports() if self.search else ():
             if report.error:
                 self._once(f"Discovery by {report.name}: {report.error}.")
         return {}

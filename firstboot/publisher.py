@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from firstboot import greeting, host
-from firstboot.discovery.interface import Provider, ProviderReport, opening
+from firstboot.discovery.interface import ProviderReport, opening
 from firstboot.journal import Journal
 from firstboot.protocol import status
 from firstboot.protocol.assembly import Assembly
@@ -18,7 +18,6 @@ from firstboot.protocol.errors import FirstbootError
 from firstboot.protocol.model import Stage
 
 HISTORY = "history.jsonl"
-MAX_TEXT = 300  # characters of a provider's error or remedy
 MAX_HISTORY = 8 * 1024 * 1024  # bytes; a run that waits for days stops recording, not forming
 
 
@@ -87,7 +86,7 @@ class Publisher:
         return core.stage.value != self.shown.get("stage")
 
     def publish(
-        self, core: Assembly, providers: Iterable[Provider], gate: str = "", **more: object
+        self, core: Assembly, reports: Iterable[ProviderReport], gate: str = "", **more: object
     ) -> dict[str, Any]:
         """Tell where the core stands; `gate` as in `describe`, `more` further items."""
         offset = time.time() - time.monotonic()
@@ -99,7 +98,7 @@ class Publisher:
         now |= {
             "since": self._since,
             "timeline": self._timeline,
-            "providers": [self._fares(core, p.report(), next_try) for p in providers],
+            "providers": [self._fares(core, report, next_try) for report in reports],
             **more,
         }
         before, self.shown = self.shown, now
@@ -110,7 +109,7 @@ class Publisher:
     def _fares(
         self, core: Assembly, report: ProviderReport, next_try: float | None
     ) -> dict[str, Any]:
-        """A provider's report as plain data, fit to be shown: texts short and printable.
+        """A provider's report as plain data, with how dialling goes at the addresses it found.
 
         `next_try` is when the core asks all providers again, Unix time, None if it does not.
         """
@@ -122,10 +121,9 @@ class Publisher:
             error = f"{error}; {unmet}" if error else unmet
             remedy = remedy or opening(self.platform, f"TCP {core.me.endpoint.port}")
         texts = {"error": error, "detail": report.detail, "remedy": remedy}
-        shown = {key: _printable(text) for key, text in texts.items()}
         waits = report.next_try < 0 or next_try is None
         at = None if waits else round(max(report.next_try, next_try or 0.0), 1)
-        return {"name": report.name, "found": report.found, **shown, "next_try": at}
+        return {"name": report.name, "found": report.found, **texts, "next_try": at}
 
     def waiting_for_address(self, cluster: str, sentence: str, hint: str) -> None:
         """This host has no address yet, so there is no core to describe."""
@@ -164,11 +162,6 @@ class Publisher:
             self._greeted = told
             greeting.greet(self._root, now)
         self._journal.report(now, before)
-
-
-def _printable(text: str) -> str:
-    clean = "".join(c if c.isprintable() else "?" for c in text[:MAX_TEXT])
-    return clean if len(text) <= MAX_TEXT else f"{clean}…"
 
 
 def _steady(shown: dict[str, Any]) -> dict[str, Any]:

@@ -348,7 +348,7 @@ class Service:
         expiries = self.carrier.expiries
         return self.publisher.publish(
             self.core,
-            self.search.providers if self.search else (),
+            self.search.reports() if self.search else (),
             self.carrier.deeds.gate,
             payload=self.document.config.payload,
             certificates=expiries,

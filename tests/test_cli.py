@@ -294,6 +294,32 @@ def test_problems_are_shown_with_every_line_of_their_hint(
     assert "  problem    STEP_FAILED: It did not.\n             a\n             b\n" in out
 
 
+def test_each_provider_has_a_line_and_one_with_the_remedy(
+    firstboot: Firstboot, tmp_path: Path
+) -> None:
+    soon, now = time.time() + 30, time.time()
+    telling = {"error": "no host listens", "detail": "9 tried", "remedy": "Open TCP 7443."}
+    providers = [
+        {"name": "mdns", "found": 2, "error": "", "detail": "asked", "next_try": now},
+        {"name": "sweep", "found": 0, "next_try": soon, **telling},
+        {"name": "ec2", "found": 0, "error": "off", "detail": "", "remedy": "", "next_try": None},
+    ]
+    status_of(tmp_path, shown_at("discovering", providers=providers))
+    _, out, _ = firstboot("status", "--root", tmp_path)
+    assert "  discovery  mdns: 2 found; tries now\n" in out
+    for left in (30, 29, 28, 27):
+        out = out.replace(f"next try in {left} s", "next try soon")
+    line = "  discovery  sweep: 0 found; 9 tried; no host listens; next try soon\n"
+    assert line + "             Open TCP 7443.\n" in out
+    assert "  discovery  ec2: 0 found; off\n" in out
+    # Who runs needs none of that: only those that found somebody are told.
+    status_of(tmp_path, shown_at("running", providers=providers))
+    _, out, _ = firstboot("status", "--root", tmp_path)
+    assert "  discovery  mdns: 2 found\n" in out
+    assert "sweep" not in out
+    assert "ec2" not in out
+
+
 def test_a_host_without_a_document_is_no_failure(firstboot: Firstboot, tmp_path: Path) -> None:
     for verb in ("status", "timeline"):
         code, out, error = firstboot(verb, "--root", tmp_path)

@@ -259,6 +259,36 @@ def test_many_peers_are_counted_and_some_listed() -> None:
     check(shown)
 
 
+def test_addresses_where_nobody_was_met_are_told_by_provider() -> None:
+    core = make()
+    for provider, host, reason in (
+        ("dns", "10.0.0.7", "refused"),
+        ("dns", "10.0.0.8", "timeout"),
+        ("dns", "10.0.0.9", "timeout"),
+        ("static", "10.0.0.9", "timeout"),
+        ("sweep", "10.0.0.10", ""),
+    ):
+        there = Endpoint(host, 7443)
+        core.receive(events.PeerFound(there, provider), 100.0)
+        if reason:
+            core.receive(events.ConnectFailed(there, Channel.BOOTSTRAP, reason), 100.0)
+    assert status.unreached(core, "dns") == {"refused": 1, "timeout": 2}
+    assert status.unreached(core, "static") == {"timeout": 1}
+    assert status.unreached(core, "sweep") == {}
+    met = events.Connected(PEER, Channel.BOOTSTRAP, Endpoint("10.0.0.9", 7443), "10.0.0.9")
+    core.receive(met, 101.0)
+    assert status.unreached(core, "dns") == status.unreached(core, "static") == {}
+
+
+def test_when_providers_look_again() -> None:
+    core = make()
+    core.receive(events.DeadlineReached(), 100.0)
+    assert status.looks_again(core, 1000.0) == 1101.0  # the first pause is a second
+    done = make(stored=activated(MINE, OWN), issued=(ISSUED,))
+    done.stored = replace(done.stored, closed=True)
+    assert done.may_start and status.looks_again(done, 1000.0) is None
+
+
 # ---------------------------------------------------------------- problems
 
 
