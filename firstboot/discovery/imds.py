@@ -7,13 +7,15 @@ has no tokens. Both are at an address of the link that is the same everywhere.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 from firstboot.discovery.cloud import Trouble, mapping
 from firstboot.discovery.web import Answer, Unanswered, ask
 
 ADDRESSES = ("http://169.254.169.254", "http://[fd00:ec2::254]")
-SECONDS = 3.0  # it is on the link, and answers within milliseconds
+SECONDS = 5.0  # it is on the link, and mostly answers within milliseconds
+TRIES = 2  # for facts that are asked for once only
 TOKEN_SECONDS = 21600  # the most there is
 MAX_TEXT = 65536
 ABSENT = "nothing answers at the metadata service's address, 169.254.169.254"
@@ -107,7 +109,11 @@ def instance_data(platform: str, address: str = "") -> dict[str, Any]:
 
     For images without cloud-init. `platform` is ``ec2`` or ``openstack``. Blocks; raises Trouble.
     """
-    return (_ec2_data if platform == "ec2" else _openstack_data)(address)
+    read = _ec2_data if platform == "ec2" else _openstack_data
+    for _ in range(TRIES - 1):
+        with suppress(Trouble):
+            return read(address)
+    return read(address)
 
 
 def _ec2_data(address: str) -> dict[str, Any]:

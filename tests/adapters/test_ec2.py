@@ -196,6 +196,26 @@ def test_a_token_that_was_forgotten_is_asked_for_anew(cloud: Double) -> None:
     assert service.get("meta-data/nothing") is None
 
 
+def test_where_there_is_only_ipv6_the_second_address_is_asked(
+    cloud: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imds, "ADDRESSES", ("http://127.0.0.1:1", cloud.urls["metadata"]))
+    assert Ec2Metadata().get("meta-data/local-ipv4") == "127.0.0.1"
+
+
+def test_facts_are_asked_for_twice(cloud: Double, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def failing(address: str) -> dict[str, Any]:
+        tried.append(address)
+        raise Trouble("not yet")
+
+    monkeypatch.setattr(imds, "_ec2_data", failing)
+    with pytest.raises(Trouble, match="not yet"):
+        imds.instance_data("ec2", "http://here")
+    assert tried == ["http://here"] * 2
+
+
 def test_throttled_it_asks_less_often(cloud: Double) -> None:
     cloud.tell(faults={"api": "throttled"})
     one = provider(cloud)

@@ -152,7 +152,7 @@ def test_behind_a_router_the_hop_limit_is_told() -> None:
         enter = ["nsenter", f"--net=/run/netns/{inside}", "--", sys.executable, "-c", program]
         with Double("ec2", on=network, instances=instances(1), **AT) as cloud:
             said = call(enter, cwd=PROJECT, check=True).stdout
-            assert "gives no session token: no whole answer within 3 s" in said
+            assert "gives no session token: no whole answer within 5 s" in said
             assert "--http-put-response-hop-limit 2" in said
             cloud.tell(hop_limit=2)
             assert call(enter, cwd=PROJECT, check=True).stdout == "10.77.0.11\n"
