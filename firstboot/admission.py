@@ -149,9 +149,10 @@ class Admission(Service):
 
     async def _facts(self) -> host.Facts:
         wanted, master = self.document, self._value.founder
-        facts = host.facts(self.root, wanted.interface, wanted.cidr, wanted.port)
-        at = facts.endpoint
-        if at is None or at.host != master.host:
+        # Only this address: a host with several may choose another one today.
+        facts = host.facts(self.root, wanted.interface, master.host, wanted.port)
+        if facts.endpoint is None:
+            at = host.facts(self.root, wanted.interface, wanted.cidr, wanted.port).endpoint
             now = f"has the address {at.host}" if at else "has no address"
             raise LocalError(f"this host {now}, but the cluster knows its master at {master.host}")
         return facts

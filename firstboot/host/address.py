@@ -31,6 +31,7 @@ _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8  # linux/if_addr.h
 _IFA_F_TEMPORARY, _IFA_F_DADFAILED, _IFA_F_DEPRECATED, _IFA_F_TENTATIVE = 0x1, 0x8, 0x20, 0x40
 _RTA_OIF, _RTA_PRIORITY, _RTA_MULTIPATH = 4, 6, 9  # linux/rtnetlink.h
 _RT_TABLE_MAIN, _RTN_UNICAST = 254, 1
+KINDS = {"0.0.0.0/0": "IPv4", "::/0": "IPv6"}
 LINK_LOCAL_AFTER = 5.0  # seconds without a better address before a link-local one is used
 
 
@@ -117,7 +118,7 @@ def _usable(address: Address, network: Network, interface: str, cidr: str) -> bo
     link = next((i for i in network.interfaces if i.name == address.interface), None)
     if address.ip.is_loopback or address.ip.is_unspecified or link is None or not link.up:
         return False
-    if link.loopback and not (interface or cidr):
+    if link.loopback and not (interface or (cidr and cidr not in KINDS)):
         return False  # a routed service address may live on lo, but only if someone says so
     if interface and address.interface != interface:
         return False
@@ -126,7 +127,10 @@ def _usable(address: Address, network: Network, interface: str, cidr: str) -> bo
 
 def lacking(network: Network, interface: str = "", cidr: str = "") -> tuple[str, str]:
     """What this host waits for while `choose` finds nothing: a sentence and a hint."""
-    where = (f" on {interface}" if interface else "") + (f" within {cidr}" if cidr else "")
+    kind = f"an {KINDS[cidr]}" if cidr in KINDS else "a network"
+    where = (f" on {interface}" if interface else "") + (
+        f" within {cidr}" if cidr and cidr not in KINDS else ""
+    )
     hint = "Check the cable, DHCP or network configuration of this host."
     try:
         choose(network, interface, cidr)
@@ -145,8 +149,8 @@ def lacking(network: Network, interface: str = "", cidr: str = "") -> tuple[str,
     here = [a for a in network.addresses if _usable(a, network, interface, "")]
     if here:
         seen = ", ".join(f"{a.host} on {a.interface}" for a in here[:4])
-        hint = f"This host has {seen}. " + ("Check network.cidr." if cidr else hint)
-    return f"Waiting for a network address{where}.", hint
+        hint = f"This host has {seen}. " + (hint if cidr in ("", *KINDS) else "Check network.cidr.")
+    return f"Waiting for {kind} address{where}.", hint
 
 
 def is_stopgap(address: Address, cidr: str = "") -> bool:

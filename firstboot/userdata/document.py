@@ -12,7 +12,7 @@ from typing import Any
 from firstboot.protocol.errors import UserError
 from firstboot.protocol.model import ClusterConfig, Endpoint
 from firstboot.protocol.record import dataclass
-from firstboot.userdata.origin import check_origin
+from firstboot.userdata.origin import check_origin, only_ipv4
 from firstboot.userdata.reading import Place, Said, merged, texts
 from firstboot.userdata.rules import check, check_network, filled, rule_for, wrong
 from firstboot.userdata.token import (
@@ -128,11 +128,13 @@ def make(layers: Sequence[Said], sources: Sequence[str], warnings: Sequence[str]
         message = f"masters ({full['masters']}) is more than expect ({full['expect']})"
         raise said.error(("masters",), message, "launch more hosts or choose fewer masters")
     network, election, payload = full["network"], full["election"], full["payload"]
-    if network["cidr"]:
-        check_network(said, ("network", "cidr"), network["cidr"], prefix=True)
+    cidr = network["cidr"]
+    if cidr:
+        check_network(said, ("network", "cidr"), cidr, prefix=True)
     own = full.get(payload, {})
     if payload == "origin":
         check_origin(said, own)
+        cidr = only_ipv4(said, cidr)
     options = _variables((payload,), own)
     labels = own.get("node_labels", [])
     return Document(
@@ -140,7 +142,7 @@ def make(layers: Sequence[Said], sources: Sequence[str], warnings: Sequence[str]
         token=Secret(token),
         discovery=_discovery(said, full["discovery"], network["port"]),
         interface=network["interface"],
-        cidr=network["cidr"],
+        cidr=cidr,
         port=network["port"],
         prefer=_matches(said, ("election", "prefer"), election["prefer"]),
         never=_matches(said, ("election", "never"), election["never"]),

@@ -30,6 +30,14 @@ def check_origin(said: Said, given: Mapping[str, Any]) -> None:
         raise said.error((*NETWORK, "host_subnet_length"), message, hint)
 
 
+def only_ipv4(said: Said, cidr: str) -> str:
+    """The network that hosts' addresses must be in; UserError if it is an IPv6 one."""
+    if ":" in cidr:
+        message = "network.cidr is IPv6, and the payload origin is IPv4 only"
+        raise said.error(("network", "cidr"), message, "name an IPv4 network")
+    return cidr or "0.0.0.0/0"
+
+
 def _check_size(said: Said, given: Mapping[str, Any]) -> None:
     for key in ("kubelet_arguments", "node_labels", "infra_selector"):
         if len(json.dumps(given[key])) > MAX_TEXT:

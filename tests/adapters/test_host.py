@@ -537,6 +537,9 @@ def net(*addresses: Address, default: tuple[str, ...] = ()) -> Network:
         (net(Address("fd00::9", "eth0", fleeting=True), TEN6), "", "", TEN6),
         (net(Address("10.9.9.9", "lo")), "", "", None),
         (net(Address("10.9.9.9", "lo")), "lo", "", Address("10.9.9.9", "lo")),
+        (net(Address("10.9.9.9", "lo")), "", "10.9.0.0/16", Address("10.9.9.9", "lo")),
+        (net(Address("10.9.9.9", "lo"), TEN, TEN6), "", "0.0.0.0/0", TEN),
+        (net(TEN, TEN6), "", "::/0", TEN6),
         (Network((LO, Interface("eth0", up=False)), (TEN,), ("eth0",)), "", "", None),
     ],
 )
@@ -769,6 +772,14 @@ def test_a_better_address_counts_until_hosts_have_agreed(
         (net(), "eth0", "", "Waiting for a network address on eth0.", "Check the cable, DHCP"),
         (net(TEN), "bond0", "", "network interface bond0: there is none", "has eth0, eth1. Check"),
         (net(TEN), "", "10.9.0.0/16", "within 10.9.0.0/16.", "10.0.0.5 on eth0. Check network"),
+        (
+            net(TEN6),
+            "",
+            "0.0.0.0/0",
+            "Waiting for an IPv4 address.",
+            "has fd00::5 on eth0. Check the",
+        ),
+        (net(), "eth0", "::/0", "Waiting for an IPv6 address on eth0.", "Check the cable, DHCP"),
         (net(TEN, SIX), "", "", "This host has several addresses and no", "wait for a default"),
         (net(LOCAL6), "", "", "Waiting for a network address.", "has fe80::5%eth0 on eth0. Check"),
         (

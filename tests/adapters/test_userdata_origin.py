@@ -39,6 +39,14 @@ def test_defaults_are_those_of_the_rows() -> None:
     assert found | {"origin_labels": "{}"} == dict(OPTIONS["origin"])
 
 
+def test_addresses_are_ipv4() -> None:
+    assert document().cidr == "0.0.0.0/0"
+    assert document("network: {cidr: 10.0.0.0/8}\n").cidr == "10.0.0.0/8"
+    with pytest.raises(UserError, match="the payload origin is IPv4 only") as caught:
+        document("network: {cidr: 'fd00::/8'}\n")
+    assert caught.value.where == "o.yaml:5:17"
+
+
 def test_options_become_variables() -> None:
     found = document(
         "origin:\n"

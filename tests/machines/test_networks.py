@@ -39,7 +39,9 @@ clouds:
       application_credential_secret: firstboot-secret
 """
 DHCP = "[Match]\nName=eth0\n[Network]\nDHCP=ipv4\nLinkLocalAddressing=no\nIPv6AcceptRA=no\n"
-ADVERTISED = "[Match]\nName=eth0\n[Network]\nDHCP=no\nLinkLocalAddressing=ipv6\nIPv6AcceptRA=yes\n"
+PORT = "[Match]\nName=eth0\n[Network]\nBridge=br0\n"
+BRIDGE = "[NetDev]\nName=br0\nKind=bridge\nMACAddress={mac}\n[Bridge]\nSTP=no\nForwardDelaySec=0\n"
+ADVERTISED = "[Match]\nName=br0\n[Network]\nDHCP=no\nLinkLocalAddressing=ipv6\nIPv6AcceptRA=yes\n"
 NETWORK_FILE = "/etc/systemd/network/10-eth0.network"
 
 
@@ -240,12 +242,17 @@ def test_one_file_assembles_a_cluster_anywhere(launch: Launch, tmp_path: Path, p
 # ---------------------------------------------------------------- IPv6
 
 
-def test_ipv6_only_machines_with_addresses_a_router_advertised(launch: Launch) -> None:
-    rig = launch(3, user_data(document(3)), ip="6")
+def test_ipv6_only_machines_on_an_interface_made_while_they_boot(launch: Launch) -> None:
+    """A router advertises their addresses on a bridge of theirs, as it would on a bond or VLAN."""
+    rig = launch(3, user_data(document(3, network="{interface: br0}")), ip="6")
     network = rig.network
     for machine in rig:
         network.take_address(machine.number, machine.address)
-        machine.install(NETWORK_FILE, ADVERTISED)
+        # A machine that is off hears no advertisement; its part of the network is there already.
+        network.run(machine.number, "sysctl", "-qw", "net.ipv6.conf.eth0.accept_ra=0")
+        machine.install(NETWORK_FILE, PORT)
+        machine.install("/etc/systemd/network/10-br0.netdev", BRIDGE.format(mac=mac(machine)))
+        machine.install("/etc/systemd/network/10-br0.network", ADVERTISED)
         machine.address = f"fd77::ff:fe00:{10 + machine.number:x}"
     network.serve(
         *("dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--port=0", "--user=root"),

@@ -60,7 +60,10 @@ class Network:
         """The file that stands for a host's network namespace, as setns(2) takes it."""
         return Path("/run/netns") / f"{self.owner.prefix}-{host}"
 
-    gateway = f"{_SUBNET}.1"
+    @property
+    def gateway(self) -> str:
+        """The switch's address, every host's default route."""
+        return f"{_SUBNET}.1" if "4" in self.ip else f"{_SUBNET6}:1"
 
     @staticmethod
     def address(host: int) -> str:
@@ -189,7 +192,10 @@ class Network:
 
     def take_address(self, host: int, address: str) -> None:
         """Take an address from a host, and its default route with it."""
-        _ip([f"addr del {self._prefixed(address)} dev eth0"], self.namespace(host).name)
+        lines = [f"addr del {self._prefixed(address)} dev eth0"]
+        if ":" in address:  # of IPv6 the kernel would keep it
+            lines.append(f"route del default via {_SUBNET6}:1")
+        _ip(lines, self.namespace(host).name)
 
     def give_address(self, host: int, address: str) -> None:
         """Give a host an address and a default route."""

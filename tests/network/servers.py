@@ -53,11 +53,12 @@ def web_server(network: Network, directory: Path, port: int = 8080) -> Path:
             above.chmod(above.stat().st_mode | 0o011)
     names = ("mpm_event", "authz_core", "dav", "dav_fs")
     loads = "".join(f"LoadModule {n}_module {modules}/mod_{n}.so\n" for n in names)
+    at = f"[{network.gateway}]" if ":" in network.gateway else network.gateway
     conf = directory / "conf"
     conf.write_text(
         f"{loads}ServerName rendezvous\nServerRoot {directory}\nPidFile {directory}/pid\n"
         f"ErrorLog {directory}/error\nDavLockDB {directory}/lock\nUser nobody\n"
-        f"Listen {network.gateway}:{port}\nDocumentRoot {files}\n"
+        f"Listen {at}:{port}\nDocumentRoot {files}\n"
         f"<Directory {files}>\nDav On\n</Directory>\n"
     )
     network.serve(binary, "-D", "FOREGROUND", "-f", conf)

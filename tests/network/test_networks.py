@@ -10,6 +10,7 @@ import pytest
 from tests.machines.document import document
 from tests.network.hosts import QUICK, Host, Hosts
 from tests.network.run import wait_until
+from tests.network.servers import dns_server, resolves_by, web_server
 
 pytestmark = pytest.mark.network
 
@@ -84,6 +85,34 @@ def test_network_cidr_makes_hosts_of_both_kinds_use_ipv6(tmp_path: Path) -> None
         hosts.network.take_address(2, hosts.network.address(2))
         for host in hosts.all:
             host.address = hosts.network.address6(host.number)
+        hosts.start()
+        formed(hosts)
+
+
+def test_hosts_named_by_their_other_kind_of_address_form(tmp_path: Path) -> None:
+    """AAAA records, say, of hosts that use IPv4."""
+    listed = "[{static: ['fd77::b', 'fd77::c', 'fd77::d']}]"
+    with Hosts(3, tmp_path, document(3, discovery=listed, **NONE), ip="46") as hosts:
+        hosts.network.no_multicast()
+        hosts.start()
+        formed(hosts)
+
+
+@pytest.mark.parametrize("way", ["dns", "http"])
+def test_other_ways_over_ipv6(tmp_path: Path, way: str) -> None:
+    ways = {
+        "dns": "{dns: nodes.example.org}",
+        "http": "{http: {url: 'http://[fd77::1]:8080/demo'}}",
+    }
+    with Hosts(3, tmp_path, document(3, discovery=f"[{ways[way]}]", **NONE), ip="6") as hosts:
+        hosts.network.no_multicast()
+        if way == "dns":
+            records = (f"--host-record=nodes.example.org,{h.address}" for h in hosts.all)
+            conf = dns_server(hosts.network, tmp_path, *records)
+            for host in hosts.all:
+                resolves_by(host, conf)
+        else:
+            web_server(hosts.network, tmp_path / "web")
         hosts.start()
         formed(hosts)
 
