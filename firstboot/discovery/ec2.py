@@ -56,6 +56,20 @@ class Role:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """This instance's id and VPC, and the region to ask; `abroad` if that is not its own.
+
+    `domain` is that of the region's services.
+    """
+
+    id: str
+    region: str
+    abroad: bool
+    vpc: str
+    domain: str
+
+
+@dataclass(frozen=True, slots=True)
 class Interface:
     """A network interface: its device index, its addresses, the primary one first."""
 
@@ -92,33 +106,34 @@ class Ec2(Cloud):
         super().__init__(options, context)
         self._metadata = Ec2Metadata(options.get("metadata_url", ""))  # for tests
         self._role: Role | None = None
-        self._self: Mapping[str, str] = {}
+        self._self: Place | None = None
 
     def _look(self, own: Endpoint) -> Sighting:
         me = self._identity()
         filters = self._filters(me)
         words = ", ".join(f"{name.removeprefix('tag:')} {value}" for name, value in filters)
-        everywhere = [("vpc-id", me["vpc"])] if me["vpc"] else []
+        everywhere = [("vpc-id", me.vpc)] if me.vpc and not me.abroad else []
         found = list(self._describe([*filters, *everywhere]))
-        mine = next((i for i in found if i.id == me["id"]), None)
+        mine = next((i for i in found if i.id == me.id), None)
         index = _index_of(mine, own.host)
         version = 6 if ":" in own.host else 4
         others = (i.address(index, version) for i in found if i is not mine)
         hosts = [a for a in dict.fromkeys(others) if a and a != own.host]
-        asked = f"instances by {words} in {me['region']}"
-        if mine is None:
+        asked = f"instances by {words} in {me.region}"
+        if mine is None and not me.abroad:
             remedy = "Give this instance the tag, or correct discovery's ec2 in the document."
             return Sighting(hosts, asked, "this instance itself is not among them", remedy)
         if not hosts:
             remedy = "Boot the others, or choose by a tag: `ec2: {tag: {NAME: VALUE}}`."
-            return Sighting(hosts, asked, "it is the only one", remedy)
+            what = "there are none" if me.abroad else "it is the only one"
+            return Sighting(hosts, asked, what, remedy)
         return Sighting(hosts, asked)
 
     # -- who this is, and which others --
 
-    def _identity(self) -> Mapping[str, str]:
-        """This instance's id, region, VPC, and the domain of the region's services."""
-        if not self._self:
+    def _identity(self) -> Place:
+        """Where this instance is."""
+        if self._self is None:
             get = self._metadata.get
             text = get("dynamic/instance-identity/document") or "{}"
             document = mapping(text, "the metadata service")
@@ -132,22 +147,23 @@ class Ec2(Cloud):
             vpc = get(f"meta-data/network/interfaces/macs/{mac}/vpc-id") if _is_mac(mac) else ""
             domain = get("meta-data/services/domain") or ""
             known = re.fullmatch(r"[a-z0-9.-]{1,100}", domain)
-            self._self = {
-                "id": me,
-                "region": region,
-                "vpc": "" if self._options.get("region") else vpc or "",
-                "domain": domain if known else "amazonaws.com",
-            }
+            self._self = Place(
+                id=me,
+                region=region,
+                abroad=region != document.get("region"),
+                vpc=vpc or "",
+                domain=domain if known else "amazonaws.com",
+            )
         return self._self
 
-    def _filters(self, me: Mapping[str, str]) -> list[tuple[str, str]]:
+    def _filters(self, me: Place) -> list[tuple[str, str]]:
         options = self._options
         wanted = [(f"tag:{key}", value) for key, value in options.get("tag", {}).items()]
         group, launch = options.get("autoscaling_group"), options.get("reservation")
         if isinstance(group, str) and group:
             wanted.append((f"tag:{GROUP_TAG}", group))
         if group is True or not (wanted or launch):
-            mine = next(self._describe((), me["id"]), None)
+            mine = next(self._describe((), me.id), None)
             own = mine.tags.get(GROUP_TAG, "") if mine else ""
             if own:
                 wanted.append((f"tag:{GROUP_TAG}", own))
@@ -184,11 +200,11 @@ class Ec2(Cloud):
 
     def _call(self, parameters: Mapping[str, str]) -> Element:
         me, role = self._identity(), self._credentials()
-        host = f"ec2.{me['region']}.{me['domain']}"
+        host = f"ec2.{me.region}.{me.domain}"
         url = self._options.get("endpoint") or f"https://{host}/"
         body = urlencode(parameters).encode()
         try:
-            answer = ask("POST", url, _signed(url, body, me["region"], role), body)
+            answer = ask("POST", url, _signed(url, body, me.region, role), body)
         except Unanswered as error:
             raise Trouble(f"the EC2 API: {error}", ROUTE.format(host=host)) from None
         root = _xml(answer)

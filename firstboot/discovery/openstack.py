@@ -297,7 +297,9 @@ def _session(answer: Answer, credential: Credential) -> Session:
         until = datetime.fromisoformat(str(data.get("expires_at"))).timestamp()
     except (ValueError, OverflowError):
         until = time.time() + 2 * EXPIRES_EARLY
-    return Session(token, until, urls[0])
+    # Few catalogues leave the version to be found out; what is asked here is of that one.
+    versioned = re.search(r"/v2(\.[0-9]+)?(/|\Z)", urls[0])
+    return Session(token, until, urls[0] if versioned else f"{urls[0]}/v2.1")
 
 
 def _asks(url: str) -> bool:

@@ -114,7 +114,7 @@ def _exchange(
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
     connection.sock = sock
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    connection.request(method, target, body, {"Host": parts.netloc, **headers})
+    connection.request(method, target, body, {"Host": _host(parts), **headers})
     with connection.getresponse() as response:
         data = response.read(MAX_ANSWER + 1)
         if len(data) > MAX_ANSWER:
@@ -124,6 +124,14 @@ def _exchange(
             raise ValueError("cut off")
         found = {name.lower(): value for name, value in response.getheaders()}
         return Answer(response.status, data, found)
+
+
+def _host(parts: SplitResult) -> str:
+    """The header Host: without the scheme's own port, as signatures have it."""
+    host = parts.hostname or ""
+    name = f"[{host}]" if ":" in host else host
+    usual = 443 if parts.scheme == "https" else 80
+    return name if parts.port in (None, usual) else f"{name}:{parts.port}"
 
 
 def _break(sock: socket.socket) -> None:

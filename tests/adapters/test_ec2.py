@@ -96,6 +96,13 @@ def test_an_auto_scaling_group_finds_its_own(cloud: Double) -> None:
     assert report.error == "this instance itself is not among them"
 
 
+def test_another_region(cloud: Double) -> None:
+    """Where this instance cannot be among those that are found."""
+    hosts, report = look(provider(cloud, region="eu-north-1", tag={"cluster": "demo"}))
+    assert (hosts, report.error) == ([], "there are none")
+    assert report.detail == "instances by cluster demo in eu-north-1"
+
+
 def test_in_no_group_is_told(cloud: Double) -> None:
     hosts, report = look(provider(cloud, autoscaling_group=True))
     assert (hosts, report.error) == ([], "this instance is in no Auto Scaling group")
@@ -156,7 +163,7 @@ def test_credentials_that_are_good_no_more_are_asked_for_anew(cloud: Double) -> 
     cloud.tell(instances=THREE[:3])  # everything is made anew, and the role's keys
     one._due = 0.0
     assert "does not accept the credentials of the role node (AuthFailure)" in look(one)[1].error
-    one._due, one._self = 0.0, {}
+    one._due, one._self = 0.0, None
     assert look(one)[1].error == ""
 
 

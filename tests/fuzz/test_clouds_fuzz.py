@@ -129,6 +129,18 @@ def test_the_sound_ones_find_somebody() -> None:
     assert on_ec2(Answer(200, EC2)) == ["10.0.0.6"]
 
 
+def test_a_catalogue_that_leaves_the_version_out() -> None:
+    asked = []
+
+    def answer(url: str) -> Answer:
+        asked.append(url)
+        bare = json.dumps(KEYSTONE).replace("/v2.1", "")
+        return keystone_or_nova(bare.encode(), json.dumps(NOVA).encode())(url)
+
+    on_openstack(SETTINGS, answer)
+    assert asked[1].startswith("http://nova/v2.1/servers/detail?")
+
+
 @FAST
 @given(edits, st.sampled_from([200, 400, 401, 403, 500, 503]))
 def test_damaged_xml(changes: Any, status: int) -> None:
