@@ -2,7 +2,6 @@
 
 from firstboot.pki.cluster import (
     AUTHORITY_LIFETIME,
-    BACKDATE,
     CREDENTIALS,
     LIFETIME,
     MAX_REQUEST,
@@ -27,15 +26,16 @@ from firstboot.pki.cluster import (
     to_der,
     to_pem,
 )
+from firstboot.pki.parts import RELEASED
 from firstboot.pki.sealing import Seal
 
 __all__ = [
     "AUTHORITY_LIFETIME",
-    "BACKDATE",
     "CREDENTIALS",
     "LIFETIME",
     "MAX_REQUEST",
     "NODE_URI",
+    "RELEASED",
     "Authority",
     "Bootstrap",
     "Credentials",

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from firstboot.pki.parts import DER, PEM, UNREADABLE, expand, expiry, moment, reading
+from firstboot.pki.parts import DER, PEM, UNREADABLE, beginning, expand, expiry, moment, reading
 from firstboot.protocol.errors import LocalError, RemoteError
 from firstboot.protocol.messages import MAX_BLOB, Certificate
 from firstboot.protocol.model import NODE_ID, Member, Profile
@@ -29,7 +29,6 @@ from firstboot.protocol.record import dataclass
 
 AUTHORITY_LIFETIME = timedelta(days=3652)  # ten years
 LIFETIME = timedelta(days=1826)  # five years, but never beyond the authority
-BACKDATE = timedelta(hours=24)  # clocks of freshly booted hosts disagree
 MAX_REQUEST = 2048  # bytes; a P-256 request has about 250
 NODE_URI = "urn:firstboot:node:"  # the SAN that names a host on the cluster channel
 
@@ -162,8 +161,8 @@ def make_authority(cluster: str, epoch: int, now: float | None = None) -> Author
     """A new random cluster CA. `now` is Unix time, by default the clock's."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = _name(f"firstboot CA {epoch}", cluster)
-    begin = moment(now) - BACKDATE
-    builder = _authority_builder(name, key.public_key(), (begin, begin + AUTHORITY_LIFETIME))
+    valid = beginning(now), moment(now) + AUTHORITY_LIFETIME
+    builder = _authority_builder(name, key.public_key(), valid)
     signed = builder.serial_number(x509.random_serial_number()).sign(key, hashes.SHA256())
     return Authority(signed.public_bytes(DER), _pem_of(key))
 
@@ -223,9 +222,8 @@ def sign(
     """
     key = _requested_key(csr, member.node_id)
     issuer = _certificate(authority.certificate)
-    begin = moment(now) - BACKDATE
-    end = min(begin + BACKDATE + LIFETIME, expiry(issuer))
-    if end <= begin + BACKDATE:
+    begin, end = beginning(now), min(moment(now) + LIFETIME, expiry(issuer))
+    if end <= moment(now):
         raise LocalError("the cluster CA has expired, or this host's clock is wrong")
     # etcd's gRPC proxy refuses a client certificate that lends a common name's rights to all.
     name = "" if profile is Profile.CLIENT else member.name

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
 from cryptography.exceptions import InternalError, UnsupportedAlgorithm
@@ -18,6 +18,7 @@ from firstboot.protocol.errors import RemoteError
 
 PEM = serialization.Encoding.PEM
 DER = serialization.Encoding.DER
+RELEASED = 1_795_000_000.0  # Unix time, November 2026; a clock before it was never set
 # What parsing hostile DER may raise; most of these do not derive from one another.
 UNREADABLE = (
     ValueError,
@@ -46,6 +47,15 @@ def expand(token: str, formation_id: str, label: bytes, length: int) -> bytes:
 
 def moment(now: float | None) -> datetime:
     return datetime.fromtimestamp(int(time.time() if now is None else now), UTC)
+
+
+def beginning(now: float | None) -> datetime:
+    """From when a certificate made then is valid.
+
+    No clock that is right is before this release, so with that as the latest beginning nothing is
+    dated into the future, however far ahead the clock of the master is.
+    """
+    return min(moment(now), moment(RELEASED)) - timedelta(hours=24)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from firstboot.pki.parts import DER, PEM, UNREADABLE, moment, reading
+from firstboot.pki.parts import DER, PEM, UNREADABLE, beginning, moment, reading
 from firstboot.protocol.credentials import Leaf, Signer, is_address
 from firstboot.protocol.errors import LocalError, RemoteError
 from firstboot.protocol.messages import MAX_BLOB
@@ -29,7 +29,6 @@ from firstboot.protocol.model import Profile
 EXPONENT = 65537
 LEAF_BITS = 2048
 MAX_LEAF_REQUEST = 4096  # bytes; an RSA-2048 request with its subject has about 700
-BACKDATE = timedelta(hours=24)  # clocks of freshly booted hosts disagree
 _USAGES = {
     Profile.SERVER: (ExtendedKeyUsageOID.SERVER_AUTH,),
     Profile.CLIENT: (ExtendedKeyUsageOID.CLIENT_AUTH,),
@@ -235,14 +234,13 @@ def _subject(row: Leaf) -> x509.Name:
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: rsa.RSAPublicKey, now: float, days: int
 ) -> x509.CertificateBuilder:
-    begin = moment(now) - BACKDATE
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
-        .not_valid_before(begin)
-        .not_valid_after(begin + timedelta(days=days))
+        .not_valid_before(beginning(now))
+        .not_valid_after(moment(now) + timedelta(days=days))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 

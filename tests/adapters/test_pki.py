@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -188,8 +188,8 @@ def test_the_authority_says_what_an_authority_must() -> None:
     assert identifier.value == x509.SubjectKeyIdentifier.from_public_key(public)
     assert len(authority.extensions) == 3
     begin, end = dates(authority)
-    assert begin.timestamp() == NOW - DAY
-    assert end - begin == timedelta(days=3652)
+    assert begin.timestamp() == pki.RELEASED - DAY
+    assert end.timestamp() == NOW + 3652 * DAY
 
 
 def test_the_longest_cluster_name_fits_into_an_authority() -> None:
@@ -399,9 +399,9 @@ def test_a_certificate_says_exactly_this(
     assert len(list(general)) == len(names) + len(addresses) + 1
 
 
-def test_dates_begin_a_day_early_and_last_five_years() -> None:
+def test_dates_begin_before_this_release_and_last_five_years() -> None:
     begin, end = dates(read(issue(Profile.PEER).der))
-    assert begin.timestamp() == NOW - DAY
+    assert begin.timestamp() == pki.RELEASED - DAY
     assert end.timestamp() == NOW + 1826 * DAY
     assert pki.not_after(issue(Profile.PEER).der) == end.timestamp()
 
@@ -414,15 +414,15 @@ def test_no_certificate_outlives_its_authority() -> None:
 
 def test_an_expired_authority_signs_nothing() -> None:
     with pytest.raises(LocalError, match="expired"):
-        pki.sign(AUTHORITY, CSR, MEMBER, Profile.PEER, "x", NOW + 3651 * DAY)
+        pki.sign(AUTHORITY, CSR, MEMBER, Profile.PEER, "x", NOW + 3653 * DAY)
 
 
 def test_without_a_date_the_clock_is_used() -> None:
     authority = pki.make_authority("blue", 1)
     before = datetime.now(UTC).timestamp()
     der = pki.sign(authority, CSR, MEMBER, Profile.PEER, "x")
-    begin, _ = dates(read(der))
-    assert abs(begin.timestamp() + DAY - before) < 600
+    _, end = dates(read(der))
+    assert abs(end.timestamp() - 1826 * DAY - before) < 600
 
 
 def test_serial_numbers_are_long_and_differ() -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from firstboot import userdata
-from firstboot.carrier import RELEASED
 from firstboot.host import StateDirectory
+from firstboot.pki import RELEASED
 from firstboot.protocol.model import Register, Stored
 from tests.machines.document import document
 from tests.network.hosts import PROJECT, QUICK, Host, Hosts
