@@ -111,6 +111,8 @@ class Membership(Voter):
         if signing is not None and signing.key == message.key and message.epoch == value.epoch:
             return  # asked again while its turn has not come: it is answered once
         peer = self.peers.get(sender)
+        if self.may_start and sender in self.confirmed:
+            self._tell_active(sender)  # it had ACTIVE, or it would not ask: it lost its state
         seen_at = peer.seen_at if peer is not None else {self.me.endpoint.host}
         answer = (
             "admission is closed"
