@@ -59,6 +59,7 @@ def _part(rule: dict[str, Any], value: Any) -> dict[str, Any]:
     """The rule without what it says of keys that `value` has not."""
     if isinstance(value, list) and "properties" in rule.get("items", {}):
         named = {key for item in value if isinstance(item, dict) for key in item}
+        named |= set(rule["items"].get("required", ()))  # to be missed, it must be known
         known = {key: p for key, p in rule["items"]["properties"].items() if key in named}
         return {**rule, "items": {**rule["items"], "properties": known}}
     if "properties" not in rule or not isinstance(value, dict):
