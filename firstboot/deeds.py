@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what only a role with units needs is loaded when it does: 1
 
 TARGET = "firstboot.target"
 PLACES = ("@{hosts}", "@{inventory}")  # credentials that change with every member
+MANY = 1 << 30
 FIRST_TOLD, TOLD_AGAIN = 1.0, 5.0  # seconds after which a gate's reason is told, and another one
 DROP_IN = f"etc/systemd/system/{TARGET}.d/10-role.conf"
 CREDENTIAL = re.compile(r"@\{(?P<how>base64:)?(?P<name>[a-z0-9.-]{1,64})\}")
@@ -113,22 +114,23 @@ class Deeds:
         """
         from firstboot.units import PATIENCE
 
-        due, said = time.monotonic() + FIRST_TOLD, ""
-        before = self.systemd.failures(unit) if unit else 0
+        due = time.monotonic() + FIRST_TOLD
+        before = self.systemd.ailing(unit, MANY)[0] if unit else 0
         known = before
+        failure: units.UnitFailed | None = None
 
         def tried(reason: str) -> None:
-            nonlocal due, said, known
+            nonlocal due, known, failure
             if time.monotonic() < due:
                 return
-            count = self.systemd.failures(unit) if unit else 0
-            if count > known:
-                known, failure = count, self.systemd.failure(unit)
-                said = "; ".join([str(failure), *failure.log[-1:]])
-                if count >= before + PATIENCE:
+            if unit:
+                known, newest = self.systemd.ailing(unit, known)
+                if newest is not None and (failure is None or newest.result != "again"):
+                    failure = newest
+                if failure is not None and known >= before + PATIENCE:
                     raise failure
-            text = f"{reason}; {said}" if said else reason
-            if text != self.gate:
+            said = [reason] + ([str(failure), *failure.log[-1:]] if failure is not None else [])
+            if (text := "; ".join(said)) != self.gate:
                 due = time.monotonic() + TOLD_AGAIN
                 self._tell_gate(text)
 

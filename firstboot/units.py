@@ -221,21 +221,23 @@ class Systemd:
             if changes:
                 bus.manager("Reload", "")
 
-    def failures(self, unit: str) -> int:
-        """How often it has failed since it was told to start; many if systemd has given it up."""
+    def ailing(self, unit: str, known: int) -> tuple[int, UnitFailed | None]:
+        """How often it has failed since it was told to start; and how, if more often than `known`.
+
+        The number is PATIENCE or more if systemd has given it up. While it runs again, how it
+        failed is to be seen in its log only; `result` is then ``again``.
+        """
         with self._connection() as bus:
             path = str(bus.manager("LoadUnit", "s", unit))
             seen = bus.properties(path, _UNIT)
             own = _type_properties(bus, unit, path)
+            count = int(own.get("NRestarts", 0))
             if str(seen["ActiveState"]) == "failed":
-                return PATIENCE + int(own.get("NRestarts", 0))
-            return int(own.get("NRestarts", 0)) + _waits(seen)
-
-    def failure(self, unit: str) -> UnitFailed:
-        """Why it does not stay up, from what systemd and the journal know right now."""
-        with self._connection() as bus:
-            path = str(bus.manager("LoadUnit", "s", unit))
-            return self._failed(bus, unit, path, "again", _type_properties(bus, unit, path))
+                count += PATIENCE
+            elif _waits(seen) and int(seen["Job"][0]) == 0:  # with a job it is counted already
+                count += 1
+            new = count > known
+            return count, self._failed(bus, unit, path, "again", own) if new else None
 
     def log(self, unit: str) -> str:
         """The unit's last lines in the journal, bounded; nothing if they cannot be read."""

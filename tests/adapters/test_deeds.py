@@ -41,12 +41,15 @@ class Systemd:
     def enable(self, _unit: str) -> bool:
         return True
 
-    def failures(self, _unit: str) -> int:
+    def ailing(self, unit: str, known: int) -> tuple[int, UnitFailed | None]:
         self.asked += 1
-        return self.failed[min(self.asked, len(self.failed)) - 1]
-
-    def failure(self, unit: str) -> UnitFailed:
-        return UnitFailed(unit, "exit-code", "it exited with status 1", 1, ("first", "last words"))
+        count = self.failed[min(self.asked, len(self.failed)) - 1]
+        log = ("first", "last words")
+        # The newest time it is being started again, and how it had failed is not to be seen.
+        how = ("again", "it ends again and again", 0)
+        if count < max(self.failed):
+            how = ("exit-code", "it exited with status 1", 1)
+        return count, UnitFailed(unit, *how, log) if count > known else None
 
     def log(self, unit: str) -> str:
         return f"last words of {unit}"

@@ -54,6 +54,10 @@ Restart=on-failure
 RestartSec=50ms
 ExecStart=/bin/sh -c 'test -e %t/second && { systemd-notify --ready; exec sleep infinity; }; \\
 touch %t/second; exit 9'""",
+    "shortlived.service": """Type=simple
+Restart=always
+RestartSec=2s
+ExecStart=/bin/sh -c 'exit 7'""",
     "hopeless.service": """Type=notify
 Restart=on-failure
 RestartSec=50ms
@@ -208,6 +212,20 @@ def test_failing_again_and_again_is_told_each_time(systemd: Systemd) -> None:
 def test_a_unit_that_systemd_restarts_gets_a_second_chance(systemd: Systemd) -> None:
     systemd.start("retried.service", GENEROUS)
     assert systemd.state("retried.service").sub == "running"
+
+
+def test_a_unit_that_starts_and_does_not_stay(systemd: Systemd) -> None:
+    """Active as soon as it runs, so only looking again shows that it ends."""
+    assert systemd.ailing("sound.service", 0) == (0, None)
+    systemd.start("shortlived.service", GENEROUS)
+    until = time.monotonic() + GENEROUS
+    while not (found := systemd.ailing("shortlived.service", 0))[0]:
+        assert time.monotonic() < until
+        threading.Event().wait(0.05)
+    count, ill = found
+    assert ill is not None and (count, ill.result, ill.status) == (1, "exit-code", 7)
+    assert systemd.ailing("shortlived.service", 9)[1] is None
+    systemd.stop("shortlived.service", GENEROUS)
 
 
 def test_a_unit_is_stopped(systemd: Systemd) -> None:
