@@ -91,6 +91,7 @@ def page(shown: dict[str, Any]) -> str:
         lines.append(f"  unit       {name}: {state}")
     for place in shown.get("exposed", ()):
         lines += [f"  token      still in {place['where']}", f"             {place['remedy']}"]
+    lines += [f"  warning    {text}" for text in shown.get("warnings", ())]
     for problem in shown["problems"]:
         if problem["text"] == shown["sentence"]:
             continue

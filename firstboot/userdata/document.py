@@ -12,7 +12,7 @@ from typing import Any
 from firstboot.protocol.errors import UserError
 from firstboot.protocol.model import ClusterConfig, Endpoint
 from firstboot.protocol.record import dataclass
-from firstboot.userdata.origin import check_origin, only_ipv4
+from firstboot.userdata.origin import check_origin, only_ipv4, origin_warnings
 from firstboot.userdata.reading import Place, Said, merged, texts
 from firstboot.userdata.rules import check, check_network, filled, rule_for, wrong
 from firstboot.userdata.token import (
@@ -135,6 +135,7 @@ def make(layers: Sequence[Said], sources: Sequence[str], warnings: Sequence[str]
     if payload == "origin":
         check_origin(said, own)
         cidr = only_ipv4(said, cidr)
+        warnings = [*warnings, *origin_warnings(own, full["masters"])]
     options = _variables((payload,), own)
     labels = own.get("node_labels", [])
     return Document(

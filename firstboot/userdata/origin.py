@@ -38,6 +38,16 @@ def only_ipv4(said: Said, cidr: str) -> str:
     return cidr or "0.0.0.0/0"
 
 
+def origin_warnings(given: Mapping[str, Any], masters: int) -> list[str]:
+    """What is allowed, and not what most people would want."""
+    if masters == 1 or given["cluster_hostname"]:
+        return []
+    return [
+        f"Nodes use the API of the founding master alone, though there are {masters}: name a load"
+        " balancer before them as origin.cluster_hostname"
+    ]
+
+
 def _check_size(said: Said, given: Mapping[str, Any]) -> None:
     for key in ("kubelet_arguments", "node_labels", "infra_selector"):
         if len(json.dumps(given[key])) > MAX_TEXT:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from firstboot import containers
-from firstboot.containers import ContainerError, runtime, tools, variables
+from firstboot.containers import ContainerError, bundle, runtime, tools, variables
 from firstboot.containers.exports import render
 from tests.adapters.oci_images import (
     MANIFEST,
@@ -239,6 +239,19 @@ def test_all_capabilities_are_those_a_container_can_get_here() -> None:
     assert found is not None
     assert len(listed) == int(found.group(1), 16).bit_count()
     assert "CAP_CHOWN" in listed
+
+
+def test_capabilities_nobody_has_are_not_asked_for(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime would fail on them, and images list all there are; the rest stays as written."""
+    asked = {"bounding": ["CAP_CHOWN", "CAP_SYS_RESOURCE"], "effective": ["CAP_SYS_RESOURCE"]}
+    document = {"root": {"readonly": True, "path": "rootfs"}, "process": {"capabilities": asked}}
+    image = with_config(tmp_path / "image", document)
+    monkeypatch.setattr(bundle, "possible_capabilities", lambda: ("CAP_CHOWN",))
+    install(root, image)
+    kept = {"bounding": ["CAP_CHOWN"], "effective": []}
+    assert config(root) == document | {"process": {"capabilities": kept}}
 
 
 # ---------------------------------------------------------------- the runtime

@@ -185,3 +185,10 @@ def test_mistakes_are_named_with_their_place(what: str) -> None:
 
 def test_a_yaml_reader_takes_the_labels() -> None:
     assert read(LABELS, "x") is not None
+
+
+def test_several_masters_without_a_load_balancer_are_warned_of() -> None:
+    assert document("masters: 1\n").warnings == ()
+    (warning,) = document("masters: 3\n").warnings
+    assert warning.startswith("Nodes use the API of the founding master alone, though there are 3:")
+    assert document("masters: 3\norigin: {cluster_hostname: api.example.org}\n").warnings == ()

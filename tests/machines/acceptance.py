@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -38,7 +39,6 @@ TAG = "org.opencontainers.image.ref.name"
 BUILD = PROJECT / "build/acceptance"
 ADMIN = "/etc/origin/master/admin.kubeconfig"
 HOSTS, LINES, READY_SECONDS = 3, 12, 60.0
-INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
 SYS_RESOURCE = 24  # capabilities(7)
 # Who the API says the bearer of the token on stdin is, over TLS that is verified.
 ASK = """
@@ -188,6 +188,18 @@ def ready_nodes(master: Machine) -> list[str]:
     )
 
 
+def service_account_token(master: Machine) -> str:
+    """Of the default service account; the controllers make it, some time after the API is up."""
+    end = time.monotonic() + READY_SECONDS
+    while True:
+        try:
+            return oc(master, "serviceaccounts", "get-token", "default", "-n", "default")
+        except Failed:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1)
+
+
 def bearer(master: Machine, token: str) -> str:
     """Who the API takes the bearer for; the HTTP status if for nobody."""
     script = ASK % master.address
@@ -209,7 +221,7 @@ def prove(rig: Rig) -> Iterator[tuple[str, str]]:
     except TimeoutError as error:
         raise Failed(f"{error}; Ready are {ready_nodes(master)} of {names}") from error
     yield "nodes Ready", ", ".join(names)
-    token = oc(master, "serviceaccounts", "get-token", "default", "-n", "default")
+    token = service_account_token(master)
     user = bearer(master, token)
     if user != "system:serviceaccount:default:default":
         raise Failed(f"a service account's token is {user!r} to the API")
@@ -241,7 +253,6 @@ def explain(machine: Machine) -> None:
 
 def machines(directory: Path, image: Path, shown: Mapping[str, Any]) -> Rig:
     """Three machines that boot with this document and find DIR's images."""
-    raise_inotify()
     text = user_data(yaml.safe_dump(dict(shown), sort_keys=False))
     return Rig(
         HOSTS,
@@ -252,12 +263,6 @@ def machines(directory: Path, image: Path, shown: Mapping[str, Any]) -> Rig:
         environment={"SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network"},
         legacy=legacy_cgroups(),
     )
-
-
-def raise_inotify() -> None:
-    """A kubelet watches a lot, and all machines share one limit."""
-    if int(INOTIFY.read_text()) < 8192:
-        INOTIFY.write_text("8192")
 
 
 def judge(rig: Rig, timeout: float) -> list[tuple[str, str]]:
@@ -276,7 +281,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("acceptance", description=__doc__)
     parser.add_argument("--images", type=Path, metavar="DIR")
     parser.add_argument("--fault", choices=FAULTS, help="break this on purpose: it must be refused")
-    parser.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS")
+    parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS")
     given = parser.parse_args(arguments)
     if os.geteuid():
         print("acceptance: needs root", file=sys.stderr)

@@ -258,7 +258,7 @@ class Rig:
         self._legacy = legacy
         self.run = Run()
         try:
-            _raise_inotify(self.run)
+            _raise_inotify(self.run, 8192 if legacy else 1024)
             self.network = Network(machines, self.run, ip=ip, prefix=prefix)
             texts = dict.fromkeys(self.network.hosts, user_data) | dict(overrides or {})
             self.machines = [self._build(number, texts[number]) for number in texts]
@@ -369,16 +369,18 @@ def _write_seed(seed: Path, user_data: str) -> None:
     (seed / "meta-data").write_text("instance-id: iid-shared\n")
 
 
-def _raise_inotify(run: Run) -> None:
+def _raise_inotify(run: Run, wanted: int) -> None:
     """Make room for the machines' file watches: nine or so each, where the kernel allows 128.
 
-    Past that, machines fail in odd places with "Too many open files".
+    Past that, machines fail in odd places with "Too many open files". A kubelet of cgroup v1's
+    time watches every cgroup.
     """
     (run.directory / "inotify").touch()
     before = INOTIFY.read_text()
-    if int(before) < 1024:
-        _INOTIFY_BEFORE.write_text(before)
-        INOTIFY.write_text("1024")
+    if int(before) < wanted:
+        if not _INOTIFY_BEFORE.exists():
+            _INOTIFY_BEFORE.write_text(before)
+        INOTIFY.write_text(str(wanted))
     run.callback(_restore_inotify, run.prefix)
 
 

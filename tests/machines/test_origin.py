@@ -19,9 +19,9 @@ from tests.machines.demo import Failed
 from tests.machines.rig import Machine, Rig
 from tests.origin import images
 
-pytestmark = pytest.mark.machine
+pytestmark = [pytest.mark.machine, pytest.mark.timeout(1200)]
 
-FORM, SHOWN = 240.0, 120.0  # seconds, on a busy machine
+FORM, SHOWN = 500.0, 300.0  # seconds, on a busy machine
 API, READY = "origin-master-api.service", "8443/healthz/ready"
 REASONS = {
     "san": r"servingInfo.certFile: not valid for 10\.77\.0\.1\d",
@@ -89,7 +89,8 @@ def test_a_fault_keeps_the_api_down_and_is_told(
     cluster.wait(shown, FORM, f"the master says why it waits: {fault}")
     page = status(master).splitlines()
     assert READY in page[0] and API in page[0], page[0]
-    cluster.wait(failed, SHOWN, f"the master gives the gate up: {fault}")
+    if fault == next(iter(FAULTS)):
+        cluster.wait(failed, SHOWN, "the master gives the gate up")
     assert f"{API} failed: it exited with status 1" in status(master)
     for node in (m for m in cluster if m is not master):
         page = status(node).splitlines()
@@ -239,3 +240,67 @@ def test_after_a_power_cut_systemd_alone_brings_origin_up(cluster: Rig) -> None:
             return False
 
     cluster.wait(ready, FORM, "all nodes are Ready again")
+
+
+# ---------------------------------------------------------------- three masters
+
+
+@pytest.fixture(scope="module")
+def masters(layouts: Path) -> Iterator[Rig]:
+    document = acceptance.document(layouts, masters=3, election={"grace": "20s"})
+    with acceptance.machines(layouts, acceptance.IMAGE, document) as rig:
+        rig.start()
+        rig.wait(
+            lambda: all((m.status() or {}).get("state") == "running" for m in rig),
+            FORM,
+            "every master runs its role",
+        )
+        yield rig
+
+
+def test_three_masters_are_three_members_and_three_servers(masters: Rig) -> None:
+    assert {(m.status() or {})["role"] for m in masters} == {"master"}
+    for machine in masters:
+        words = ("runc", "exec", "-e", "ETCDCTL_API=3", "etcd", "etcdctl", "member", "list")
+        members = machine.exec(*words).stdout
+        assert members.count("started") == 3, members
+        asked = machine.exec("python3", "-c", HEALTHY, *(m.address for m in masters))
+        assert asked.stdout == "ok ok ok\n"
+        assert acceptance.oc(machine, "whoami") == "system:admin"
+
+
+HEALTHY = """
+import ssl, sys, urllib.request
+context = ssl.create_default_context(cafile="/etc/origin/master/ca.crt")
+urls = [f"https://{at}:8443/healthz/ready" for at in sys.argv[1:]]
+print(*(urllib.request.urlopen(u, context=context, timeout=20).read().decode() for u in urls))
+"""
+
+
+def test_masters_share_signers_and_account_keys_and_no_more(masters: Rig) -> None:
+    def digests(name: str) -> set[str]:
+        path = f"/etc/origin/master/{name}"
+        return {m.exec("sha256sum", path).stdout.split()[0] for m in masters}
+
+    for name in ("ca.key", "service-signer.key", "front-proxy-ca.key", "admin.key"):
+        assert len(digests(name)) == 1, name
+    assert len(digests("serviceaccounts.private.key")) == 1
+    for name in ("master.server.key", "openshift-master.key", "master.etcd-client.key"):
+        assert len(digests(name)) == 3, name
+    founders = [m for m in masters if m.exec("ls", "/etc/etcd").stdout.split().count("ca")]
+    assert len(founders) == 1  # etcd's signer stays with the master that made it
+    # What went over the wire is in the history, and sealed there.
+    body = masters[1].read("/etc/origin/master/ca.key").splitlines()[1]
+    assert len(body) == 64
+    for machine in masters:
+        history = machine.read("/var/lib/firstboot/history.jsonl")
+        assert "RequestsSigned" in history or "StoreSupplies" in history or "Supplies" in history
+        for text in (history, machine.journal(), machine.read("/run/firstboot/status.json")):
+            assert "PRIVATE KEY" not in text and body not in text
+
+
+def test_a_token_of_one_master_is_taken_by_all(masters: Rig) -> None:
+    token = acceptance.service_account_token(masters[1])
+    for machine in masters:
+        acceptance.service_account_token(machine)  # its own controllers have run
+        assert acceptance.bearer(machine, token) == "system:serviceaccount:default:default"
