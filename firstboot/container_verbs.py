@@ -83,11 +83,12 @@ def _install(options: argparse.Namespace, say: Say) -> int:
     from firstboot import containers
 
     values = _values(options.set)
-    _check_package(options.system_package)
     name = options.name or containers.default_name(options.image)
     if options.display:
         say(f"{options.image} would be installed as {name}; nothing was done.")
         return OK
+    if options.system_package == "build":
+        return _build(options, name, values, say)
     host = Units(options.root)
     present = containers.info(options.root, name)
 
@@ -102,6 +103,7 @@ def _install(options: argparse.Namespace, say: Say) -> int:
             rootfs=options.rootfs,
             enable=host.enable,
             authfile=authfile,
+            package=options.system_package,
         )
     if present or not (done.changed or done.ran):
         say(f"{name} already present")
@@ -111,6 +113,27 @@ def _install(options: argparse.Namespace, say: Say) -> int:
     _tell(done.messages, say)
     if not done.ran:
         _tell_created(done.container, say)
+    return OK
+
+
+def _build(options: argparse.Namespace, name: str, values: dict[str, str], say: Say) -> int:
+    from firstboot import containers
+
+    if options.rootfs:
+        raise UserError(
+            "--system-package=build packages the image's files: it takes no --rootfs", code=USAGE
+        )
+    with _logged_in(options, options.image) as authfile:
+        made = containers.build(
+            options.root,
+            name,
+            options.image,
+            values,
+            options.runtime,
+            Path.cwd(),
+            authfile=authfile,
+        )
+    say(f"Created file {made}")
     return OK
 
 
@@ -331,15 +354,6 @@ def _values(given: list[str]) -> dict[str, str]:
         if "=" not in item:
             raise UserError(f"--set takes NAME=VALUE, not {item!r}", code=USAGE)
     return dict(item.split("=", 1) for item in given)
-
-
-def _check_package(wanted: str) -> None:
-    if wanted in ("build", "yes"):
-        raise UserError(
-            f"--system-package={wanted} needs packages made from images, which firstboot does not",
-            hint="with --system-package=no the same files are put on the host",
-            code=USAGE,
-        )
 
 
 def _tell(messages: tuple[str, ...], say: Say) -> None:

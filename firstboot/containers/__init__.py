@@ -8,6 +8,7 @@ from firstboot.containers.image import default_name
 from firstboot.containers.install import (
     Installed,
     Removed,
+    build,
     info,
     install,
     installed,
@@ -25,6 +26,7 @@ __all__ = [
     "ContainerError",
     "Installed",
     "Removed",
+    "build",
     "default_name",
     "info",
     "install",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from firstboot.containers import bundle, disk, hostfs
+from firstboot.containers import bundle, disk, hostfs, package
 from firstboot.containers.store import Deployment, Store, tmpfiles_copy
 
 
@@ -24,6 +24,10 @@ def match(
     tree = now.rootfs / "exports" / "hostfs"
     files = hostfs.files(tree, record.renames, record.files_template, record.values)
     placed = hostfs.place(store.root, files, record.files, owned, record.use_links)
+    if record.rpm:
+        placed = package.register(store.root, now.directory / f"{record.rpm}.rpm") or placed
+    elif other and other.record.rpm:
+        package.forget(store.root, now.name)
     unit = _follow(store.unit_file(now.name), now.unit, unit_before, anew)
     lines_file, lines = store.tmpfiles_file(now.name), now.tmpfiles
     stale = _is_stale(lines_file, lines, lines_before, anew)
@@ -62,6 +66,8 @@ def withdraw(store: Store, name: str, deployments: list[Deployment]) -> tuple[li
         lines.unlink()
     for deployment in deployments:
         messages += hostfs.remove(store.root, deployment.record.files, {})
+    if any(deployment.record.rpm for deployment in deployments):
+        package.forget(store.root, name)
     reload = unit.exists() and (ours or disk.read_if_there(unit) in [d.unit for d in deployments])
     if reload:
         unit.unlink()

@@ -9,11 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from firstboot.containers import bundle, disk, hostfs, variables
+from firstboot.containers import bundle, disk, hostfs, package, variables
 from firstboot.containers import runtime as oci
 from firstboot.containers.exports import Manifest, read_manifest
 from firstboot.containers.image import Found
-from firstboot.containers.store import Deployment, Record, Store, tmpfiles_copy, unit_copy
+from firstboot.containers.store import (
+    PREINSTALLED,
+    Deployment,
+    Record,
+    Store,
+    tmpfiles_copy,
+    unit_copy,
+)
 from firstboot.containers.tools import ContainerError, attached
 
 
@@ -27,6 +34,7 @@ class Request:
     runtime: str | None = None
     rootfs: str | None = None
     stop: Callable[[], None] | None = None
+    package: str = "no"  # as --system-package takes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,63 @@ def run_once(store: Store, wanted: Request, found: Found) -> Deployment:
         return Deployment(wanted.name, target, replace(record, has_service=False))
 
 
+def build_package(store: Store, wanted: Request, found: Found, into: Path) -> Path:
+    """The whole container as a package, for images of hosts: it is below PREINSTALLED there."""
+    top = store.storage / "package"  # where layers of a repository can be checked out
+    target = top / PREINSTALLED[1:] / wanted.name
+    try:
+        disk.wipe(top)
+        target.mkdir(parents=True)
+        made = _render(store, target, wanted, found, Record())
+        files, renames = _host_files(made)
+        claimed, _ = hostfs.claim(top, files, {})
+        hostfs.place(top, files, claimed, {}, made.manifest.use_links)
+        record = replace(
+            _record(wanted, found, made), files=claimed, renames=renames, package="build"
+        )
+        prepared = Deployment(wanted.name, target, record)
+        if record.has_service:
+            _write_copies(store, prepared, made.config, None)
+            for copy, place in (
+                (prepared.unit, f"usr/lib/systemd/system/{wanted.name}.service"),
+                (prepared.tmpfiles, f"usr/lib/tmpfiles.d/{wanted.name}.conf"),
+            ):
+                if copy:
+                    disk.write_file(top / place, copy, 0o644)
+        disk.write_file(target / "info", record.encode(), 0o600)
+        what = (wanted.name, top, made.exports, made.values, found.labels, "1")
+        return package.make(*what, into)
+    finally:
+        disk.wipe(top)
+
+
+def _packaged(
+    store: Store,
+    target: Path,
+    found: Found,
+    made: _Rendered,
+    files: tuple[hostfs.HostFile, ...],
+    claimed: Mapping[str, str],
+) -> str:
+    """Make the package that tells the host's package database of `claimed`, beside the rest."""
+    top = store.storage / "package"
+    try:
+        disk.wipe(top)
+        top.mkdir(parents=True)
+        hostfs.place(top, files, claimed, {}, False)
+        name, _, number = target.name.rpartition(".")
+        what = (name, top, made.exports, made.values, found.labels, number)
+        return package.make(*what, target).stem
+    finally:
+        disk.wipe(top)
+
+
+def _host_files(made: _Rendered) -> tuple[tuple[hostfs.HostFile, ...], dict[str, str]]:
+    renames = hostfs.rename_map(made.exports, made.manifest, made.values)
+    templates = made.manifest.files_template
+    return hostfs.files(made.exports / "hostfs", renames, templates, made.values), renames
+
+
 def _identity(store: Store, target: Path, wanted: Request, found: Found) -> dict[str, str]:
     """The forced variables that do not depend on the image's content."""
     return {
@@ -94,13 +159,14 @@ def _fill(
 ) -> tuple[Deployment, list[str]]:
     old = before.record if before else Record()
     made = _render(store, target, wanted, found, old)
-    renames = hostfs.rename_map(made.exports, made.manifest, made.values)
-    templates = made.manifest.files_template
-    files = hostfs.files(made.exports / "hostfs", renames, templates, made.values)
+    files, renames = _host_files(made)
     claimed, messages = hostfs.claim(store.root, files, old.files)
     if not made.exports.is_dir():
         messages.insert(0, f"The image {wanted.reference} has no /exports: defaults are used")
     record = replace(_record(wanted, found, made), files=claimed, renames=renames)
+    if package.wanted(wanted.package, store.root, made.exports) == "yes":
+        rpm = _packaged(store, target, found, made, files, claimed)
+        record = replace(record, package="yes", rpm=rpm)
     prepared = Deployment(wanted.name, target, record)
     if record.has_service:
         _write_copies(store, prepared, made.config, before)

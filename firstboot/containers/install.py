@@ -16,7 +16,7 @@ from pathlib import Path
 from firstboot.containers import disk, trial, variables
 from firstboot.containers import runtime as oci
 from firstboot.containers.activation import match, retire, withdraw
-from firstboot.containers.deployment import Request, prepare, run_once
+from firstboot.containers.deployment import Request, build_package, prepare, run_once
 from firstboot.containers.image import Found, doubt, locate
 from firstboot.containers.image import pull as fetch
 from firstboot.containers.store import Container, Deployment, Store
@@ -74,6 +74,7 @@ def install(
     rootfs: Path | None = None,
     enable: Callable[[Container], None] | None = None,
     authfile: Path | None = None,
+    package: str = "no",
 ) -> Installed:
     """Make `name` an installed container of `image` with `values` on the host at `root`.
 
@@ -82,12 +83,13 @@ def install(
     `runtime` is a program's name or path. `rootfs` is a root file system to use where it lies.
     `enable` is called once per container, when its unit is in place, and again if that was
     interrupted; starting the unit is the caller's part. `authfile` is for registries that want a
-    password (see `credentials.choose`). ContainerError in one sentence; then the
+    password (see `credentials.choose`). With `package` ``yes`` or ``auto`` the host's package
+    database knows the files it brings. ContainerError in one sentence; then the
     deployment that was in use still is, or nothing was installed.
     """
     with _store(root, "install", name, authfile) as store:
         elsewhere = _root_elsewhere(rootfs) if rootfs else None
-        wanted = Request(name, image, dict(values), runtime, elsewhere)
+        wanted = Request(name, image, dict(values), runtime, elsewhere, package=package)
         base = store.current(name) or store.preinstalled(name)
         if base and not replace:
             return _again(store, base, enable)
@@ -117,7 +119,8 @@ def update(
                 raise ContainerError("Cannot update a preinstalled container")
             raise ContainerError(f"{name} is not installed")
         record = before.record
-        wanted = Request(name, image or record.image, dict(values), runtime, record.remote, stop)
+        kept = (record.remote, stop, record.package)
+        wanted = Request(name, image or record.image, dict(values), runtime, *kept)
         return _install(store, wanted, None)
 
 
@@ -184,6 +187,23 @@ def uninstall(root: Path, name: str) -> Removed:
         for slot in ours:
             disk.wipe(slot)
         return Removed(name, reload, found, tuple(messages))
+
+
+def build(
+    root: Path,
+    name: str,
+    image: str,
+    values: Mapping[str, str],
+    runtime: str | None,
+    into: Path,
+    *,
+    authfile: Path | None = None,
+) -> Path:
+    """Make a package of the container in the directory `into`; its path. Nothing is installed."""
+    with _store(root, "package", name, authfile) as store:
+        store.link(name)  # or the name cannot be one
+        wanted = Request(name, image, dict(values), runtime)
+        return build_package(store, wanted, locate(image, store), into)
 
 
 def pull(root: Path, image: str, *, authfile: Path | None = None) -> str:

@@ -42,6 +42,8 @@ class Record:
     runtime: str = ""
     commit: str | None = None
     remote: str | None = None
+    package: str = "no"  # whether the host's package database is to know the files
+    rpm: str | None = None  # the package, beside the info file, without .rpm
 
     def encode(self) -> bytes:
         """The record as Atomic's own tools read it."""
@@ -56,8 +58,8 @@ class Record:
             "installed-files-checksum": dict(self.files),
             "installed-files-template": list(self.files_template),
             "rename-installed-files": dict(self.renames),
-            "rpm-installed": None,
-            "system-package": "no",
+            "rpm-installed": self.rpm,
+            "system-package": self.package,
             "remote": self.remote,
             "use-links": self.use_links,
             "runtime": self.runtime,
@@ -83,6 +85,8 @@ class Record:
             runtime=str(found.get("runtime") or ""),
             commit=found.get("ostree-commit") or None,
             remote=found.get("remote") or None,
+            package="yes" if found.get("system-package") == "yes" else "no",
+            rpm=str(found.get("rpm-installed") or "") or None,
         )
 
 

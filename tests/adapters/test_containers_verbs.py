@@ -133,8 +133,7 @@ def test_display_writes_nothing(say: Say, plain: str, root: Path) -> None:
     "words",
     [
         ["--set=GREETING", "--name=web", "IMAGE"],
-        ["--system-package=yes", "--name=web", "IMAGE"],
-        ["--system-package=build", "--name=web", "IMAGE"],
+        ["--system-package=build", "--rootfs=/", "--name=web", "IMAGE"],
         ["--system-package=maybe", "--name=web", "IMAGE"],
         [],
     ],
