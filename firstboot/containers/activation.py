@@ -24,9 +24,9 @@ def match(
     tree = now.rootfs / "exports" / "hostfs"
     files = hostfs.files(tree, record.renames, record.files_template, record.values)
     placed = hostfs.place(store.root, files, record.files, owned, record.use_links)
-    if record.rpm:
-        placed = package.register(store.root, now.directory / f"{record.rpm}.rpm") or placed
-    elif other and other.record.rpm:
+    if now.package:
+        placed = package.register(store.root, now.package) or placed
+    elif other and other.package:
         package.forget(store.root, now.name)
     unit = _follow(store.unit_file(now.name), now.unit, unit_before, anew)
     lines_file, lines = store.tmpfiles_file(now.name), now.tmpfiles
@@ -67,7 +67,8 @@ def withdraw(store: Store, name: str, deployments: list[Deployment]) -> tuple[li
     for deployment in deployments:
         messages += hostfs.remove(store.root, deployment.record.files, {})
     if any(deployment.record.rpm for deployment in deployments):
-        package.forget(store.root, name)
+        ours_to_remove = any(deployment.package for deployment in deployments)
+        package.forget(store.root, name, files=not ours_to_remove)
     reload = unit.exists() and (ours or disk.read_if_there(unit) in [d.unit for d in deployments])
     if reload:
         unit.unlink()

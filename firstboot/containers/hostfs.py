@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from firstboot.containers import disk
+from firstboot.containers import disk, labels
 from firstboot.containers.exports import Manifest, read_text, render
 from firstboot.containers.tools import ContainerError
 
@@ -169,14 +169,14 @@ def _create(file: HostFile, target: Path, may_link: bool) -> None:
         disk.write_file(target, file.text.encode(), mode)
     elif file.source.is_symlink():
         disk.switch_link(target, str(file.source.readlink()))
-    elif not (may_link and _linked(file.source, target)):
+    elif not (may_link and _linked(file.source, target, file.path)):
         disk.copy_file(file.source, target)
 
 
-def _linked(source: Path, target: Path) -> bool:
+def _linked(source: Path, target: Path, place: str) -> bool:
     """Share the deployment's file with the host, unless its SELinux label would be wrong there."""
     try:
-        if "security.selinux" in os.listxattr(source):
+        if not labels.fits(source, place):
             return False
         with disk.replacing(target) as staged:
             staged.hardlink_to(source)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import stat
 import tarfile
 import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+from firstboot.containers import labels
 from firstboot.containers.tools import ContainerError
 
 GZIP = b"\x1f\x8b"
@@ -39,9 +42,10 @@ def rewrite(blob: Path, target: Path) -> tuple[str, int]:
     """Write the layer `blob` to the tar file `target`, devices, pipes and sockets left out.
 
     Returns digest and size in bytes of the layer as it was before it was compressed. Its whiteouts
-    stay what they are, files called ``.wh.…``.
+    stay what they are, files called ``.wh.…``. Where SELinux is enabled files get labels.
     """
     try:
+        named = labels.of_policy(list(_files(blob))) if labels.enabled() else {}
         with blob.open("rb") as packed:
             compressed = packed.read(2) == GZIP
             packed.seek(0)
@@ -50,7 +54,7 @@ def rewrite(blob: Path, target: Path) -> tuple[str, int]:
                 tarfile.open(fileobj=plain, mode="r|", bufsize=BLOCK) as layer,
                 tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as kept,
             ):
-                _copy(layer, kept)
+                _copy(layer, kept, named)
             while plain.read(BLOCK):
                 pass  # what follows the end of the archive counts as well
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -58,7 +62,21 @@ def rewrite(blob: Path, target: Path) -> tuple[str, int]:
     return f"sha256:{plain.digest.hexdigest()}", plain.size
 
 
-def _copy(layer: tarfile.TarFile, kept: tarfile.TarFile) -> None:
+def _files(blob: Path) -> Iterator[tuple[str, int]]:
+    """Path and type of what is kept of a layer."""
+    with tarfile.open(blob, bufsize=BLOCK) as layer:
+        for entry in layer:
+            kinds = (stat.S_IFREG, entry.isreg()), (stat.S_IFDIR, entry.isdir())
+            for kind, is_it in (*kinds, (stat.S_IFLNK, entry.issym())):
+                if is_it:
+                    yield _below_root(entry.name), kind
+
+
+def _below_root(name: str) -> str:
+    return name.removeprefix("./").lstrip("/")
+
+
+def _copy(layer: tarfile.TarFile, kept: tarfile.TarFile, named: Mapping[str, str]) -> None:
     top = tarfile.TarInfo(".")  # ostree takes no tree without one
     top.type, top.mode = tarfile.DIRTYPE, 0o755
     kept.addfile(top)
@@ -78,5 +96,7 @@ def _copy(layer: tarfile.TarFile, kept: tarfile.TarFile) -> None:
         # The reader on the other side turns their order around, and ostree hashes them sorted. All
         # other headers follow from the entry.
         given = {k: v for k, v in entry.pax_headers.items() if k.startswith(XATTR)}
+        if label := named.get(_below_root(name)):
+            given[XATTR + labels.ATTRIBUTE] = f"{label}\0"
         entry.pax_headers = dict(sorted(given.items(), reverse=True))
         kept.addfile(entry, content)

@@ -99,11 +99,14 @@ def register(root: Path, package: Path) -> bool:
     return True
 
 
-def forget(root: Path, name: str) -> None:
-    """Have the package database forget the package of a container; its files are removed by us."""
+def forget(root: Path, name: str, *, files: bool = False) -> None:
+    """Have the package database forget the package of a container, if it knows it.
+
+    With `files` they go as well: Atomic leaves them to the package, we do not.
+    """
     package = package_name(name)
     if _rpm(root, "--query", "--all", "--queryformat=%{NAME}", package) == package:
-        _rpm(root, "--erase", "--justdb", "--nodeps", package)
+        _rpm(root, "--erase", *([] if files else ["--justdb"]), "--nodeps", package)
 
 
 def _rpm(root: Path, *arguments: str) -> str:

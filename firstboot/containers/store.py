@@ -113,6 +113,12 @@ class Deployment:
             return ()
 
     @property
+    def package(self) -> Path | None:
+        """The package of its host files if this project made one; Atomic keeps none."""
+        path = self.directory / f"{self.record.rpm}.rpm"
+        return path if self.record.rpm and path.is_file() else None
+
+    @property
     def unit(self) -> bytes | None:
         """The unit this deployment wants installed."""
         return disk.read_if_there(unit_copy(self.directory, self.name))

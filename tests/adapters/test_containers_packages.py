@@ -183,6 +183,22 @@ def test_the_database_knows_the_files_and_they_are_handled_as_ever(
     assert_nothing_left(root)
 
 
+def test_a_package_that_atomic_installed_goes_with_its_files(
+    say: Say, root: Path, image: str
+) -> None:
+    """Atomic has rpm put the files there, records none, and keeps no package."""
+    database(root)
+    say("install", "--name=web", "--system-package=yes", image)
+    info = json.loads((slot(root) / "info").read_text())
+    (slot(root) / f"{info['rpm-installed']}.rpm").unlink()
+    info |= {"installed-files": [], "installed-files-checksum": {}}
+    (slot(root) / "info").write_text(json.dumps(info))
+    assert (root / "usr/local/bin/webctl").exists()
+    say("uninstall", "web")
+    assert known(root) == []
+    assert not (root / "usr/local/bin/webctl").exists()
+
+
 def assert_nothing_left(root: Path) -> None:
     assert [p for p in (root / "var/lib/containers/atomic").iterdir() if p.name[0] != "."] == []
 
