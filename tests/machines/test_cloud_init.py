@@ -8,9 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import os
 import re
-import stat
 from collections.abc import Iterator
 from email.mime.multipart import MIMEMultipart
 from email.mime.text import MIMEText
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.machines.disks import put, remove_cloud_init
 from tests.machines.document import document, user_data
 from tests.machines.rig import IMAGE, NEWEST, PROJECT, Machine, Rig
 from tests.machines.test_cluster import FORM, firstboot, problems, sentence, state
@@ -26,7 +25,6 @@ from tests.machines.web import URL, web
 pytestmark = pytest.mark.machine
 
 CLOUD_CONFIG = sorted((PROJECT / "cloud-config").glob("*.yaml"))
-PLACEHOLDER = "fb1-REPLACE-ME"
 WARNED = "top-level-key.yaml"  # what it says itself: newer ones do not know its key
 
 
@@ -80,7 +78,6 @@ SEEDS: dict[str, dict[str, bytes | str]] = {
     "absent": {"user-data": file("absent")},
 }
 UNCONFIGURED = {"broken", "failing", "disabled", "argument", "crashing", "absent"}
-PLACES = ("usr/lib/systemd/system", "usr/lib/systemd/system-generators", "usr/bin")
 
 
 class Machines:
@@ -95,7 +92,7 @@ class Machines:
         argument = self["argument"]
         argument.hardware = dataclasses.replace(argument.hardware, words=("cloud-init=disabled",))
         put(self["disabled"], "etc/cloud/cloud-init.disabled", "")
-        put(self["crashing"], "usr/bin/cloud-init", "#!/bin/sh\nexit 1\n")
+        put(self["crashing"], "usr/bin/cloud-init", "#!/bin/sh\nexit 1\n", 0o755)
         remove_cloud_init(self["absent"])
         (directory / "user-data.yaml").write_text(file("include"))
         with web(rig, directory):
@@ -110,25 +107,6 @@ class Machines:
         machine = self[name]
         self.rig.wait(lambda: state(machine) == wanted, FORM, f"{name} is {wanted}")
         return machine
-
-
-def put(machine: Machine, name: str, text: str) -> None:
-    """A file on the disk of a machine that is off."""
-    path = machine.hardware.disk / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-
-
-def remove_cloud_init(machine: Machine) -> None:
-    """Take the program, its generator and its units off the disk, as overlayfs does it."""
-    for layer in machine.hardware.layers:
-        for place in PLACES:
-            for path in (layer / place).glob("cloud-*"):
-                target = machine.hardware.disk / place / path.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if not os.path.lexists(target):
-                    os.mknod(target, stat.S_IFCHR, 0)
 
 
 @pytest.fixture(scope="module", params=[IMAGE, NEWEST], ids=["debian-12", "newest"])
