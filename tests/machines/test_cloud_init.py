@@ -9,6 +9,7 @@ import dataclasses
 import gzip
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from email.mime.multipart import MIMEMultipart
 from email.mime.text import MIMEText
@@ -69,6 +70,7 @@ SEEDS: dict[str, dict[str, bytes | str]] = {
     },
     "vendor-file": {"vendor-data": file("vendor-file"), "user-data": "#cloud-config\n{}\n"},
     "include": {"user-data": f"#include\n{URL}/user-data.yaml\n"},
+    "seed-url": {},
     "gzip": {"user-data": gzip.compress(file("gzip").encode())},
     "broken": {"user-data": "#cloud-config\nwrite_files: [\n"},
     "failing": {"user-data": file("failing").replace("write_files:\n", NOWHERE)},
@@ -83,18 +85,28 @@ UNCONFIGURED = {"broken", "failing", "disabled", "argument", "crashing", "absent
 class Machines:
     """A machine for each seed, all of them booted."""
 
-    def __init__(self, rig: Rig, directory: Path) -> None:
+    def __init__(self, rig: Rig, image: Path, directory: Path) -> None:
         self.rig, self.numbers = rig, {name: n for n, name in enumerate(SEEDS, start=1)}
         for name, files in SEEDS.items():
             seed = self[name].hardware.seed
             for part, data in files.items():
                 (seed / part).write_bytes(data if isinstance(data, bytes) else data.encode())
-        argument = self["argument"]
-        argument.hardware = dataclasses.replace(argument.hardware, words=("cloud-init=disabled",))
+        give(self["argument"], "cloud-init=disabled")
+        source = "nocloud" if image == NEWEST else "nocloud-net"
+        give(self["seed-url"], f"ds={source};s={URL}/seed/")
+        shutil.rmtree(self["seed-url"].hardware.seed)
+        self["seed-url"].hardware.seed.mkdir()
         put(self["disabled"], "etc/cloud/cloud-init.disabled", "")
         put(self["crashing"], "usr/bin/cloud-init", "#!/bin/sh\nexit 1\n", 0o755)
         remove_cloud_init(self["absent"])
         (directory / "user-data.yaml").write_text(file("include"))
+        (directory / "seed").mkdir()
+        for part, text in {
+            "user-data": file("seed-url"),
+            "meta-data": "",
+            "vendor-data": "",
+        }.items():
+            (directory / "seed" / part).write_text(text)
         with web(rig, directory):
             rig.start()
             rig.ready(timeout=240)
@@ -109,12 +121,17 @@ class Machines:
         return machine
 
 
+def give(machine: Machine, *words: str) -> None:
+    """Arguments of its kernel."""
+    machine.hardware = dataclasses.replace(machine.hardware, words=words)
+
+
 @pytest.fixture(scope="module", params=[IMAGE, NEWEST], ids=["debian-12", "newest"])
 def machines(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Machines]:
     with Rig(len(SEEDS), "", image=request.param) as rig:
-        yield Machines(rig, tmp_path_factory.mktemp("web"))
+        yield Machines(rig, request.param, tmp_path_factory.mktemp("web"))
 
 
 def generation(machine: Machine) -> tuple[int, ...]:
