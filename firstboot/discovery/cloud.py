@@ -51,6 +51,7 @@ class Cloud:
     """The base: `_look`, which a provider supplies, runs in a thread and may raise Trouble."""
 
     name = ""
+    tries = ""  # in words, for when it comes to nothing
 
     def __init__(self, options: Mapping[str, Any], context: Context) -> None:
         self._options, self._context = options, context
@@ -125,7 +126,9 @@ class Cloud:
 
     def _tell(self, error: str, remedy: str = "", asked: str = "") -> None:
         at = time.time() + max(0.0, self._due - time.monotonic())
-        self._report = ProviderReport(self.name, len(self._named), error, asked, remedy, at)
+        self._report = ProviderReport(
+            self.name, len(self._named), error, asked or self.tries, remedy, at
+        )
 
 
 def written(address: object) -> str:

@@ -101,6 +101,7 @@ class Ec2(Cloud):
     """
 
     name = "ec2"
+    tries = "DescribeInstances with this instance's role"
 
     def __init__(self, options: Mapping[str, Any], context: Context) -> None:
         super().__init__(options, context)

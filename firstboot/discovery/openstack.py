@@ -75,6 +75,7 @@ class Openstack(Cloud):
     """
 
     name = "openstack"
+    tries = "Nova's list of servers, by an application credential"
 
     def __init__(self, options: Mapping[str, Any], context: Context) -> None:
         super().__init__(options, context)

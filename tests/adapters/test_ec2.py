@@ -143,6 +143,7 @@ def test_without_a_role(cloud: Double) -> None:
     cloud.tell(role="")
     _, report = look(provider(cloud))
     assert report.error == "this instance has no role"
+    assert report.detail == "DescribeInstances with this instance's role"
     assert "ec2:DescribeInstances" in report.remedy
     assert report.next_try > 0
 
