@@ -276,7 +276,7 @@ def test_server_files_hold_the_chain_and_client_files_do_not(cluster: tuple[Host
         name: pem(cluster[0], f"{name}.crt").count(b"BEGIN CERTIFICATE") for name in MASTER_ROWS
     }
     expected = dict.fromkeys(MASTER_ROWS, 1)
-    expected |= {"master.server": 2, "etcd.server": 2, "node.server": 2}
+    expected |= {"master.server": 2, "etcd.server": 2, "node.server": 2, "registry": 2}
     assert blocks == expected
     chain = pem(cluster[0], "master.server.crt")
     assert chain.endswith(pem(cluster[0], "ca.crt"))
@@ -306,11 +306,11 @@ def test_serials_follow_one_another_and_the_files_say_so(master: Host, tmp_path:
     text = (master.root / "etc/origin/master/ca.serial.txt").read_text()
     serials = {n: leaf(master, n).serial_number for n, r in MASTER_ROWS.items() if r[0] == "ca"}
     assert sorted(serials.values()) == list(range(2, 2 + len(serials)))
-    assert text == "0B\n"  # the node of the fixture has two
+    assert text == "0C\n"  # the node of the fixture has two
     file = master.root / "etc/origin/master/ca.serial.txt"
     assert file.stat().st_mode & 0o777 == 0o644
     nodes = [Host(tmp_path / f"n{i}", i, Role.NODE) for i in (2, 3)]
-    last = 11
+    last = 12
     for node in nodes:
         get(node, master)
         numbers = sorted(leaf(node, n).serial_number for n in ("node.client", "node.server"))
@@ -354,7 +354,7 @@ def test_another_cluster_gets_other_authorities(master: Host) -> None:
     master.supply.store(order, answer, master.key)
     assert master.supply.credential("ca.crt", "cd" * 32) not in (None, before)
     text = (master.root / "etc/origin/master/ca.serial.txt").read_text()
-    assert text == "09\n"  # counted anew: the last of them, from 2
+    assert text == "0A\n"  # counted anew: the last of them, from 2
 
 
 def test_etcd_authority_is_one_openssl_goes_on_with(master: Host, tmp_path: Path) -> None:
