@@ -7,15 +7,17 @@ containers, gates and the kernel's parameters are noted only.
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from firstboot import host, pki
 from firstboot.carrier import Carrier
 from firstboot.payloads.rows import OPTIONS, PAYLOADS
+from firstboot.pki import signers
 from firstboot.protocol import events, plan
 from firstboot.protocol.assembly import Assembly
 from firstboot.protocol.messages import decode, encode
@@ -31,9 +33,28 @@ from firstboot.protocol.model import (
     Value,
 )
 from firstboot.protocol.situation import Start
+from firstboot.supply import Keys
 
 OUTSIDE = plan.StartUnit | plan.InstallContainer | plan.Probe | plan.CreateObject
 OUTSIDE |= plan.ReachTarget | plan.SetKernel
+
+
+class Recycled(Keys):
+    """Keys of one cluster, which the next cluster of this process gets again: they take seconds."""
+
+    made: ClassVar[dict[int, list[Future[bytes]]]] = {}
+    makers: ClassVar[ThreadPoolExecutor] = ThreadPoolExecutor(4, "recycled")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._given: Counter[int] = Counter()
+
+    def _begin(self, size: int) -> Future[bytes]:
+        stock, number = self.made.setdefault(size, []), self._given[size]
+        self._given[size] += 1
+        if number == len(stock):
+            stock.append(self.makers.submit(signers.make_rsa, size))
+        return stock[number]
 
 
 class Transport:
@@ -72,6 +93,7 @@ class Cluster:
     ) -> None:
         self.now = 100.0
         self.options = {**OPTIONS["origin"], **(options or {})}
+        self.keys = Recycled()
         self.wire: deque[tuple[str, str, Any]] = deque()
         count = masters + nodes
         roots = [top / f"host-{n}" for n in range(1, count + 1)]
@@ -121,7 +143,9 @@ class Cluster:
         self, root: Path, directory: host.StateDirectory, member: Member, stored: Stored
     ) -> Carrier:
         core = self._core(member, stored)
-        return Carrier(root, directory, Transport(), core)  # type: ignore[arg-type]
+        carrier = Carrier(root, directory, Transport(), core)  # type: ignore[arg-type]
+        carrier.supply._keys = self.keys
+        return carrier
 
     def _enrolled(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import ipaddress
 import re
 import ssl
@@ -56,9 +57,13 @@ def pair(certificate: bytes, key: bytes, where: str) -> x509.Certificate:
     return leaf
 
 
+# To check a key's numbers takes longer than all the rest.
+_read_key = functools.lru_cache(64)(lambda pem: load_pem_private_key(pem, None))
+
+
 def private_key(pem: bytes, where: str) -> rsa.RSAPrivateKey:
     try:
-        key = load_pem_private_key(pem, None)
+        key = _read_key(pem)
     except ValueError as error:
         raise Refused(f"{where}: not a private key: {error}") from error
     if not isinstance(key, rsa.RSAPrivateKey):
