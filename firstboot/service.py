@@ -18,12 +18,11 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from firstboot import host, named, pki, userdata
+from firstboot import host, named, pki, userdata, whereabouts
 from firstboot.carrier import Carrier
 from firstboot.discovery.interface import Context
 from firstboot.discovery.search import Search
@@ -40,7 +39,6 @@ from firstboot.transport import Transport
 from firstboot.userdata import Document
 
 RANK_WITHOUT_PREFERENCE = 1000
-CLOUD_FACTS = {"launch_index", "reservation", "instance_id", "zone", "tag"}
 PUBLISH_AFTER = 0.02  # seconds in which what changes within a stage is told at once
 
 
@@ -120,7 +118,7 @@ class Service:
         listed = [(spec.name, spec.options) for spec in self.document.discovery]
         self.search = Search(listed, facts.platform)
         self.search.load()  # meanwhile the disk works
-        facts = await self._with_cloud_facts(facts)
+        facts = await whereabouts.with_cloud(facts, self.document, self.journal)
         key, known, voter = await memory
         endpoint = facts.endpoint or Endpoint("127.0.0.1", facts.port)
         self.options = self.document.options_for(facts.matches)
@@ -158,52 +156,15 @@ class Service:
 
     async def _facts(self) -> host.Facts | None:
         """This host's facts, as soon as it has an address; None if asked to stop before."""
-        wanted = self.document
-
-        def look() -> host.Facts:
-            return host.facts(self.root, wanted.interface, wanted.cidr, wanted.port)
-
-        facts = look()
-        there = facts.address is not None and not host.is_stopgap(facts.address, wanted.cidr)
-        if there or (wanted.config.expect == 1 and not wanted.late):
-            return facts  # a cluster of one needs no network
-        gc.enable()  # this may take days
-
-        def say(sentence: str, hint: str) -> None:
-            self.publisher.waiting_for_address(wanted.config.cluster, sentence, hint)
-
-        coming = host.wait_for_address(wanted.interface, wanted.cidr, say=say)
-        waiting = asyncio.ensure_future(coming)
-        stop = asyncio.ensure_future(self._wake.wait())
-        _, rest = await asyncio.wait((waiting, stop), return_when=asyncio.FIRST_COMPLETED)
-        for task in rest:
-            task.cancel()
-        return None if self._stopped else look()
-
-    async def _with_cloud_facts(self, known: host.Facts) -> host.Facts:
-        """The facts; with the cloud's, if the document matches by them and cloud-init left none."""
-        machine, wanted = known.machine, self.document
-        if not wanted.matched_by & CLOUD_FACTS or machine.instance_id or not known.platform:
-            return known
-        from firstboot.discovery import imds
-        from firstboot.discovery.aside import aside
-
-        try:
-            asked = await aside(lambda: imds.instance_data(known.platform))
-        except FirstbootError as error:
-            self.journal.say(f"Hosts are matched without the cloud: {error}.", priority=WARNING)
-            return known
-        return replace(known, machine=host.with_cloud(machine, asked))
+        return await whereabouts.found(self.root, self.document, self.publisher, self._wake)
 
     async def _watch_address(self, known: str) -> None:
         """End this run once the address is to be another one; `run` begins the next."""
-        wanted = self.document
 
         def settled() -> bool:
             return self.core.stage is not Stage.DISCOVERING
 
-        other = host.wait_for_address(wanted.interface, wanted.cidr, known, settled=settled)
-        self.moved = (await other).host
+        self.moved = await whereabouts.moved(self.document, known, settled)
         self._wake.set()
 
     def _me(self, facts: host.Facts, node_id: str, endpoint: Endpoint, *, voter: bool) -> Self:
