@@ -12,7 +12,7 @@
 # make acceptance  three machines become an Origin cluster: ORIGIN_IMAGES=DIR, or test doubles; FAULT=san
 # make image      the image the machines boot from, under build/image
 # make install    DESTDIR= PREFIX=/usr; needs no pip
-# make overlay    the same as numbered layers for image builders, in build/overlay
+# make overlay    the same as numbered layers for image builders, in OVERLAY=build/overlay
 # make lock       pin the newest Python packages that pyproject.toml allows; needs uv on PATH
 # make clean      everything that was made here
 
@@ -182,10 +182,11 @@ LAYERS := $(notdir $(wildcard ostree-overlay/[0-9]*))
 install:
 	@eval "$$PUT"; for layer in $(LAYERS); do layer $$layer "$(DESTDIR)"; done
 
+OVERLAY ?= build/overlay
 overlay: PREFIX = /usr
 overlay:
-	@rm -rf build/overlay
-	@eval "$$PUT"; for layer in $(LAYERS); do layer $$layer build/overlay/$$layer; done
+	@rm -rf "$(OVERLAY)"
+	@eval "$$PUT"; for layer in $(LAYERS); do layer $$layer "$(OVERLAY)/$$layer"; done
 
 clean:
 	-[ ! -x $(VENV)/python ] || $(SUDO) $(VENV)/python -m tests.machines.demo stop

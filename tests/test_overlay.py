@@ -17,7 +17,6 @@ from firstboot import host
 
 ROOT = Path(__file__).parents[1]
 OVERLAY = ROOT / "ostree-overlay"
-BUILT = ROOT / "build/overlay"
 LAYERS = ("10program", "20units", "30preset", "40firewall", "50cloud-init")
 # Every file but the package's modules and the units, by layer.
 FILES = {
@@ -52,10 +51,11 @@ def make(*arguments: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def layers() -> Path:
+def layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `make overlay` writes."""
-    make("overlay")
-    return BUILT
+    built = tmp_path_factory.mktemp("overlay")
+    make("overlay", f"OVERLAY={built}")
+    return built
 
 
 @pytest.fixture(scope="module")

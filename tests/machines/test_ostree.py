@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,8 +34,9 @@ def inside(machine: Machine, *command: str, check: bool = True) -> str:
 
 def overlay(target: Path) -> Path:
     """The layers as `make overlay` writes them."""
-    subprocess.run(["make", "-s", "overlay"], cwd=PROJECT, check=True, timeout=120)
-    return Path(shutil.copytree(PROJECT / "build/overlay", target))
+    make = ["make", "-s", "overlay", f"OVERLAY={target}"]
+    subprocess.run(make, cwd=PROJECT, check=True, timeout=120)
+    return target
 
 
 @pytest.fixture(scope="module")
