@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 
@@ -11,7 +12,7 @@ import pytest
 
 from firstboot.userdata import make_token
 from tests.machines.document import document, user_data
-from tests.machines.rig import Machine, Rig
+from tests.machines.rig import PROJECT, Machine, Rig
 
 pytestmark = pytest.mark.machine
 
@@ -235,6 +236,37 @@ def test_a_unit_that_dies_for_good_is_told(cluster: Rig) -> None:
     assert page.returncode == 2
     assert "etcd-proxy.service is inactive" in page.stdout, page.stdout
     node.exec("systemctl", "start", "etcd-proxy.service")
+
+
+# ---------------------------------------------------------------- hardening
+
+SECURITY = PROJECT / "docs/security.md"
+
+
+def score(machine: Machine, unit: str) -> str:
+    """The exposure that systemd finds in a unit: 0.0 to 10.0."""
+    argv = ("systemd-analyze", "security", "--no-pager", unit)
+    said = machine.exec(*argv, check=False).stdout
+    found = re.search(r"exposure level for \S+: ([0-9.]+)", said)
+    assert found is not None, said
+    return found[1]
+
+
+def test_the_service_is_as_confined_as_the_page_says(cluster: Rig) -> None:
+    machine = cluster[1]
+    text = machine.exec("systemctl", "cat", "firstboot.service").stdout
+    head, _, rest = text.partition("# What it never does is forbidden to it")
+    names = sorted(set(re.findall(r"(?m)^([A-Za-z]+)=", rest.partition("[Install]")[0])))
+    page = SECURITY.read_text(encoding="utf-8")
+    assert len(names) > 10
+    assert [name for name in names if f"`{name}=" not in page] == []
+    machine.write("/run/systemd/system/open.service", head)
+    machine.exec("systemctl", "daemon-reload")
+    told = re.findall(
+        r"systemd 252\) says ([0-9]+\.[0-9]);\s+without\s+these\s+lines it says ([0-9]+\.[0-9])",
+        page,
+    )
+    assert told == [(score(machine, "firstboot.service"), score(machine, "open.service"))]
 
 
 # ---------------------------------------------------------------- three masters
