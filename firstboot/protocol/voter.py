@@ -203,9 +203,11 @@ class Voter(Situation):
         for _, _, node_id in self.company.standings:
             if len(chosen) == self.config.masters:
                 break
-            peer = self.peers[node_id]
-            if peer.hello is not None and peer.hello.eligible:
-                chosen.append(Member(peer.node_id, peer.hello.name, peer.hello.endpoint.host))
+            hello = self.peers[node_id].hello
+            # An address that just changed hands is its old holder's only until that says so.
+            taken = {member.host for member in chosen}
+            if hello is not None and hello.eligible and hello.endpoint.host not in taken:
+                chosen.append(Member(node_id, hello.name, hello.endpoint.host))
         return election.name_members(chosen) if len(chosen) == self.config.masters else ()
 
     def _ask_authority(self, epoch: int) -> None:
