@@ -180,7 +180,10 @@ def test_the_doubles_refuse(
 
 def test_the_treefile_names_the_layers_and_the_same_packages() -> None:
     tree = yaml.safe_load((OVERLAY / "firstboot.yaml").read_text())
-    assert list(tree) == ["packages", "ostree-layers"]  # both are treefile keys (rpm-ostree docs)
+    # All are keys of a treefile (rpm-ostree, docs/treefile.md).
+    assert list(tree) == ["packages", "ostree-layers", "postprocess"]
+    (script,) = tree["postprocess"]
+    assert script.splitlines()[1] in (OVERLAY / "Containerfile").read_text()
     assert tree["ostree-layers"] == [f"overlay/{layer}" for layer in LAYERS]
     assert set(tree["packages"]) == IMAGES_OWN | packages_of_the_spec()
     installed = (OVERLAY / "Containerfile").read_text().partition("install_weak_deps=False")[2]

@@ -83,7 +83,9 @@ def program() -> dict[str, int]:
 
 
 def units() -> dict[str, int]:
-    return {f"usr/lib/systemd/system/{p.name}": 0o644 for p in (ROOT / "units").iterdir()}
+    top = ROOT / "units"
+    kept = (p.relative_to(top) for p in top.rglob("*") if p.is_file())
+    return {f"usr/lib/systemd/system/{path}": 0o644 for path in kept}
 
 
 def test_every_layer_has_these_files_with_these_modes(layers: Path) -> None:
@@ -148,7 +150,7 @@ def test_nothing_is_there_that_belongs_to_a_host(layers: Path) -> None:
 
 def enabled(tree: Path) -> list[str]:
     """The units of `units/` that are enabled in `tree`, as systemctl says."""
-    names = sorted(p.name for p in (ROOT / "units").iterdir())
+    names = sorted(p.name for p in (ROOT / "units").iterdir() if p.is_file())
     command = ["systemctl", f"--root={tree}", "is-enabled", *names]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
     assert len(said) == len(names)
