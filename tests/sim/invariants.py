@@ -28,10 +28,10 @@ L3    Started again after ACTIVE, a host changes nothing (drawn for a share of t
 W1-W4, L4 and L5, the windows and what comes after ACTIVE, are in `conduct`.
 
 **The promise** holds while 2q > V: q is the smallest quorum that promised before a value was sent
-to be accepted, V the number of voter identities that ever voted. A re-created disk is another identity. A disk set back to a
-snapshot is one more voter as well, for it forgot what it promised - unless it had already used a
-ballot of its own in the forgotten stretch: that it would use again, as a clone does, and a ballot
-used for two values is outside of any promise. Copies of one identity vote twice under the same
+to be accepted, V the number of voter identities that ever voted. A re-created disk is another
+identity. A disk set back to a snapshot is one more voter as well, for it forgot what it promised -
+unless it had already used a ballot of its own in the forgotten stretch: that it would use again, as
+a clone does, and a ballot used for two values is outside of any promise. Copies of one identity vote twice under the same
 ballots until they meet: no promise either.
 """
 
