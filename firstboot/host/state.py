@@ -226,6 +226,8 @@ class StateDirectory:
     def drop_issued(self, until_epoch: int, kept: int = 0) -> int:
         """Forget what was issued until that epoch, but in `kept`; answer how many entries."""
         doomed = [p for p in self._entries() if _epoch(p) <= until_epoch and _epoch(p) != kept]
+        if not doomed:
+            return 0
         with storage(f"drop entries in {self._issued}"):
             for path in doomed:
                 path.unlink()

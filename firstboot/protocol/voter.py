@@ -325,8 +325,8 @@ class Voter(Situation):
 
     def _stale_until(self, value: Value) -> int:
         """The epoch up to which any other cluster CA of this host's is void, with that value."""
-        # ACTIVE is last: what was made for a later epoch is void as well.
-        last = max(value.epoch, self.stored.authority_epoch) if value.active else value.epoch
+        # ACTIVE is last: what was made for the next epoch is void, also if a crash left it unnoted.
+        last = max(value.epoch + 1, self.stored.authority_epoch) if value.active else value.epoch
         return last - 1 if last == self._kept_of(value) else last
 
     def _activate_when_enrolled(self, value: Value) -> None:

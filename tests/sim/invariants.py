@@ -31,8 +31,8 @@ W1-W4, L4 and L5, the windows and what comes after ACTIVE, are in `conduct`.
 to be accepted, V the number of voter identities that ever voted. A re-created disk is another
 identity. A disk set back to a snapshot is one more voter as well, for it forgot what it promised -
 unless it had already used a ballot of its own in the forgotten stretch: that it would use again, as
-a clone does, and a ballot used for two values is outside of any promise. Copies of one identity vote twice under the same
-ballots until they meet: no promise either.
+a clone does, and a ballot used for two values is outside of any promise. Copies of one identity
+vote twice under the same ballots until they meet: no promise either.
 """
 
 from __future__ import annotations
