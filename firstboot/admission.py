@@ -121,6 +121,7 @@ class Admission(Service):
         self._before, self._value, self._wanted, self._say = stored, value, hosts, say
         self._members = {i.member.node_id for i in self.directory.issued(value.epoch)}
         self._admitted: set[str] = set()
+        self._troubled: set[str] = set()  # providers whose error was told
         self._said: set[str] = set()
 
     async def run(self) -> int:
@@ -221,7 +222,8 @@ class Admission(Service):
             if problem.code not in TOLD_OTHERWISE:
                 self._once(" ".join(t for t in (problem.text, problem.hint) if t))
         for report in self.search.reports() if self.search else ():
-            if report.error:
+            if report.error and report.name not in self._troubled:
+                self._troubled.add(report.name)  # once: counts in such a text change all the time
                 self._once(f"Discovery by {report.name}: {report.error}.")
         return {}
 
