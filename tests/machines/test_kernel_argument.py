@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from firstboot.userdata import make_token
 from tests.machines.document import document
 from tests.machines.rig import Rig
 from tests.machines.test_cluster import FORM, firstboot, sentence, state, wait_running
@@ -72,7 +73,8 @@ def device(tmp_path: Path) -> Iterator[Callable[[str], str]]:
 
 
 def test_a_document_on_a_device(launch: Launch, device: Callable[[str], str]) -> None:
-    seed = device(document(1, payload="none"))
+    token = make_token()
+    seed = device(document(1, token, payload="none"))
     rig = launch(
         1, "", binds=(f"{seed}:{seed}",), words=("firstboot.config=LABEL=FIRSTBOOT:/in.yaml",)
     )
@@ -81,6 +83,9 @@ def test_a_document_on_a_device(launch: Launch, device: Callable[[str], str]) ->
     wait_running(rig)
     assert rig[1].exec("stat", "-c", "%a", KEPT).stdout == "600\n"
     assert "/run/firstboot" not in rig[1].read("/proc/mounts")
+    rig.wait(lambda: token not in rig[1].read(KEPT), FORM, "the token is taken out of the copy")
+    assert "cluster: demo" in rig[1].read(KEPT)
+    rig.wait(lambda: "LABEL=FIRSTBOOT:/in.yaml" in firstboot(rig[1], "status").stdout, FORM, "told")
     # The same machine, had it been given a device that points to the machine's own files.
     rig[1].write("/etc/firstboot/config.yaml", "cluster: demo\n", 0o600)
     ask = (
