@@ -99,6 +99,7 @@ class Builder:
     def start(self, base: Sequence[Path]) -> None:
         """Commit the base: trees of which the first is topmost."""
         self._ostree("init", "--mode=bare")
+        self._ostree("config", "set", "core.fsync", "false")  # it does not outlive the test
         skip = self.directory / "left-out"
         skip.write_text("".join(f"{path}\n" for path in LEFT_OUT))
         trees = [f"--tree=dir={tree}" for tree in reversed(base)]
@@ -159,7 +160,13 @@ class Builder:
         url = f"file://{UPDATES}"
         shown(*("ostree", f"--repo={repository}", "remote", "add", "--no-gpg-verify", REMOTE, url))
         shown(
-            *("ostree", f"--repo={repository}", "pull-local", f"--remote={REMOTE}"),
+            *(
+                "ostree",
+                f"--repo={repository}",
+                "pull-local",
+                f"--remote={REMOTE}",
+                "--disable-fsync",
+            ),
             *(self.repository, BRANCH),
         )
         shown(*admin, "deploy", f"--os={STATEROOT}", "--karg=console=tty0", f"{REMOTE}:{BRANCH}")
