@@ -370,6 +370,33 @@ def test_both_runtimes_in_both_modes(machine: Machine, rig: Rig, runtime: str, i
     assert machine.exec(runtime, "list", "-q").stdout == ""
 
 
+STEPS = """
+import sys
+sys.path.insert(0, "/usr/share/firstboot")
+from pathlib import Path
+from firstboot import host
+from firstboot.deeds import Deeds
+from firstboot.protocol import plan
+root = Path("/")
+deeds = Deeds(root, host.StateDirectory(root), lambda name: b"", lambda: "")
+for image in sys.argv[1:]:
+    deeds.run(plan.InstallContainer("web", image))
+    deeds.run(plan.StartUnit("web.service"))
+"""
+
+
+def test_what_firstboot_run_replaces_is_rolled_back_too(machine: Machine, rig: Rig) -> None:
+    """The steps of a role's plan, as `firstboot run` carries them out, without a cluster."""
+    good, bad = "oci:/images/one", "oci:/images/ends"
+    done = machine.exec("python3", "-c", STEPS, good, bad, check=False, timeout=90)
+    assert "UpdateFailed: the update of web did not come up and was rolled back" in done.stderr
+    until(rig, lambda: served(machine) == "version one", "what was before serves")
+    machine.exec("python3", "-c", STEPS, "oci:/images/two", timeout=90)
+    until(rig, lambda: served(machine) == "version two", "what comes up stays")
+    assert machine.exec("ls", "-A", "/var/lib/firstboot-containers").stdout == ""
+    containers(machine, "uninstall", "web")
+
+
 @pytest.mark.parametrize("runtime", ["runc", "crun"])
 def test_a_payload_that_dies_before_it_is_ready(machine: Machine, rig: Rig, runtime: str) -> None:
     """etcd's own unit of Type=notify: who waits for its READY is told at once that none comes."""
