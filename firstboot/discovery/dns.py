@@ -1,8 +1,8 @@
 """Peers by names in the DNS: A and AAAA records, and SRV records (RFC 2782).
 
 A and AAAA are asked for through the system's resolver, so that its files, caches and search domains
-count. It does not know SRV: for these dnspython is used, if the image has it. It takes a tenth of a
-second to import, so that is done in a thread, once the first question is asked.
+count. It does not know SRV: for these dnspython is used, if the image has it. It takes some
+50 ms to import, so that is done in a thread, once the first question is asked.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _service(name: str) -> Targets:
     except dns.exception.Timeout:
         raise LocalError("the DNS does not answer") from None
     except (dns.exception.DNSException, OSError, ValueError) as error:
-        raise LocalError(str(error)[:120] or type(error).__name__) from None
+        raise LocalError(str(error)[:200] or type(error).__name__) from None
     records = sorted(answer, key=lambda record: (record.priority, str(record.target)))
     targets = [(str(record.target).rstrip("."), int(record.port)) for record in records]
     sound = dict.fromkeys((name, port) for name, port in targets if name and 0 < port < 65536)
