@@ -15,8 +15,8 @@ import pytest
 
 from firstboot.userdata import make_token
 from tests.clouds.double import METADATA, Double, Instance
-from tests.machines.rig import IMAGE, NEWEST, PROJECT, Rig
-from tests.machines.test_cluster import Launch, firstboot, wait_running
+from tests.machines.rig import IMAGE, NEWEST, PROJECT, Machine, Rig
+from tests.machines.test_cluster import SEARCH, Launch, firstboot, wait_running
 from tests.network.test_clouds import CLOUDS_YAML
 
 pytestmark = pytest.mark.machine
@@ -68,11 +68,20 @@ CLOUDS = {
 }
 
 
+NAMES = {"ec2": "", "openstack": "openstack"}
+REMEDIES = {"ec2": "a hop limit of 1", "openstack": "with nftables"}
+
+
+def exposed(machine: Machine) -> bool:
+    return bool((machine.status() or {}).get("exposed"))
+
+
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_what_a_cloud_launched_becomes_a_cluster(launch: Launch, cloud: str) -> None:
     settle, image, words, zone = CLOUDS[cloud]
     prefer = PREFER.replace("ZONE", zone)
-    text = EXAMPLE.replace("fb1-REPLACE-ME", make_token()).rstrip("\n") + "\n" + prefer
+    token = make_token()
+    text = EXAMPLE.replace("fb1-REPLACE-ME", token).rstrip("\n") + "\n" + prefer
     rig = launch(3, "", image=image, words=words, prefix=16)  # too large a subnet for a sweep
     rig.network.no_multicast()
     rig.set_seed()
@@ -94,3 +103,10 @@ def test_what_a_cloud_launched_becomes_a_cluster(launch: Launch, cloud: str) -> 
         assert {p["name"] for p in status["providers"] if p["found"]} <= {cloud}
         assert firstboot(machine, "status").returncode == 0
     assert any(p["found"] == 2 for s in shown for p in s["providers"])
+    # The token is off the nodes' disks; that any process may ask the cloud for it is told.
+    for machine in (rig[1], rig[2]):
+        rig.wait(lambda m=machine: exposed(m), 60, "it is told")  # type: ignore[misc]
+        page = firstboot(machine, "status").stdout
+        assert f"token      still in the metadata service ({NAMES[cloud]}" in page
+        assert REMEDIES[cloud] in page
+        assert machine.exec("python3", "-c", SEARCH, input=token).stdout == "[]\n"
