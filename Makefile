@@ -54,7 +54,7 @@ DEBIAN := gcc pkg-config python3-dev python3-venv libdbus-1-dev libglib2.0-dev l
 	rpm rpmlint buildah dnsmasq-base apache2-bin
 FEDORA := gcc pkgconf-pkg-config python3-devel dbus-devel glib2-devel systemd-devel \
 	systemd-container dbus-daemon mmdebstrap debian-keyring util-linux iproute iputils nftables \
-	procps-ng openssl ca-certificates skopeo umoci ostree runc crun busybox ignition \
+	procps-ng openssl ca-certificates skopeo umoci ostree runc crun busybox ignition ignition-validate \
 	rpm-build rpmlint buildah dnsmasq httpd-core
 
 setup: packages .venv/locked
