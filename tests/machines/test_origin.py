@@ -100,7 +100,8 @@ def test_a_fault_keeps_the_api_down_and_is_told(
         acceptance.judge(cluster, 0.5)
     told = capsys.readouterr().out
     assert reason.search(told)
-    assert re.search(rf"{API} +loaded +activating", told)
+    # Between two failures it is active for a moment.
+    assert re.search(rf"{API} +loaded +(activating|active)", told)
     assert "-- origin-master-api.service" in told and "---- host-3" in told
 
 
@@ -294,7 +295,7 @@ def test_masters_share_signers_and_account_keys_and_no_more(masters: Rig) -> Non
     assert len(body) == 64
     for machine in masters:
         history = machine.read("/var/lib/firstboot/history.jsonl")
-        assert "RequestsSigned" in history or "StoreSupplies" in history or "Supplies" in history
+        assert "sealed" in history
         for text in (history, machine.journal(), machine.read("/run/firstboot/status.json")):
             assert "PRIVATE KEY" not in text and body not in text
 
