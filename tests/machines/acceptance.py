@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from firstboot.userdata import make_token
 from tests.machines.demo import Failed, display, inside, watch
 from tests.machines.document import user_data
 from tests.machines.rig import PROJECT, Machine, Rig
-from tests.machines.view import table
+from tests.machines.view import Look, table
 from tests.network.run import legacy_cgroups, wait_until
 from tests.origin import images
 
@@ -38,7 +39,7 @@ INSIDE = "/usr/lib/firstboot/images"  # of each machine: DIR, read-only
 TAG = "org.opencontainers.image.ref.name"
 BUILD = PROJECT / "build/acceptance"
 ADMIN = "/etc/origin/master/admin.kubeconfig"
-HOSTS, LINES, READY_SECONDS = 3, 12, 60.0
+HOSTS, LINES, TRIES, READY_SECONDS = 3, 12, 3, 60.0
 SYS_RESOURCE = 24  # capabilities(7)
 # Who the API says the bearer of the token on stdin is, over TLS that is verified.
 ASK = """
@@ -265,11 +266,26 @@ def machines(directory: Path, image: Path, shown: Mapping[str, Any]) -> Rig:
     )
 
 
+def impatient(show: Callable[[Sequence[Look]], None]) -> Callable[[Sequence[Look]], None]:
+    """`show`; Failed once a host has tried a step in vain so often that waiting is no use."""
+
+    def seen(looks: Sequence[Look]) -> None:
+        show(looks)
+        for look in looks:
+            for step in (look.shown or {}).get("steps", ()):
+                times = re.fullmatch(r"failed (\d+) times", step["state"])
+                if times and int(times[1]) >= TRIES:
+                    why = " ".join(p for p in look.problems if "STEP_FAILED" in p)
+                    raise Failed(f"{look.host} failed {times[1]} times to {step['what']}: {why}")
+
+    return seen
+
+
 def judge(rig: Rig, timeout: float) -> list[tuple[str, str]]:
     """Wait, and prove; Failed, after it was said why of every machine."""
     try:
         with display(Console()) as show:
-            watch(rig, timeout, show)
+            watch(rig, timeout, impatient(show))
         return list(prove(rig))
     except Failed:
         for machine in rig:
