@@ -30,7 +30,8 @@ from tests.origin.api import Api, make_token, serve
 from tests.origin.configuration import Configuration
 from tests.origin.credentials import Kubeconfig, Refused
 
-PAUSE = 5.0  # seconds between two reports
+PAUSE = 1.0  # seconds between two reports
+ANSWER_SECONDS = 5.0
 ETCD_SECONDS = 60.0
 ROUTES = Path("/proc/net/route")
 ROOT = Path(os.environ.get("DOUBLE_ROOT", "/"))  # where absolute paths of configurations begin
@@ -41,7 +42,7 @@ def ask(kubeconfig: Kubeconfig, method: str, path: str, body: Any = None) -> Any
     content = json.dumps(body).encode() if body else None
     request = urllib.request.Request(kubeconfig.server + path, content, method=method)
     context = kubeconfig.context()
-    with urllib.request.urlopen(request, context=context, timeout=PAUSE) as answer:
+    with urllib.request.urlopen(request, context=context, timeout=ANSWER_SECONDS) as answer:
         return json.loads(answer.read())
 
 
