@@ -229,8 +229,9 @@ class Systemd:
         """
         with self._connection() as bus:
             path = str(bus.manager("LoadUnit", "s", unit))
-            seen = bus.properties(path, _UNIT)
+            # In this order: a restart between the two is then missed for now, not counted twice.
             own = _type_properties(bus, unit, path)
+            seen = bus.properties(path, _UNIT)
             count = int(own.get("NRestarts", 0))
             if str(seen["ActiveState"]) == "failed":
                 count += PATIENCE
