@@ -151,6 +151,7 @@ def test_a_master_that_cannot_admit_says_why(
         "fb1j-\x1b[2J",
         "x" * 100_000,
     ],
+    ids=lambda _: "",  # tokens are random, and every process that runs tests must name them alike
 )
 def test_what_is_no_one_time_token_is_refused_and_not_shown(tmp_path: Path, text: str) -> None:
     configured(tmp_path)
