@@ -22,7 +22,7 @@ KEPT = "/run/firstboot/config.d/50-kernel-argument.yaml"
 
 
 def test_a_document_from_a_web_server_that_comes_late(launch: Launch, tmp_path: Path) -> None:
-    text = document(3, payload="none")
+    text = document(3, payload="none", election="{grace: 10s}")
     (tmp_path / "demo.yaml").write_text(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
     url = f"{URL}/demo.yaml"
@@ -42,7 +42,11 @@ def test_a_document_from_a_web_server_that_comes_late(launch: Launch, tmp_path: 
     for machine in rig:
         assert machine.exec("stat", "-c", "%a", KEPT).stdout == "600\n"
         assert "config.yaml" not in machine.exec("ls", "/etc/firstboot").stdout
-    rig[1].reboot()  # its role needs the document no more, and there is no server now
+    # Once it is done its role needs the document no more, and there is no server now. A master is
+    # done when the grace period is over.
+    stamp = "/var/lib/firstboot/complete"
+    rig.wait(lambda: not rig[1].exec("test", "-e", stamp, check=False).returncode, FORM, "done")
+    rig[1].reboot()
     rig.wait(lambda: state(rig[1]) == "running", FORM, "it is back")
     assert rig[1].exec("ls", "/run/firstboot").stdout == "status.json\n"
 
