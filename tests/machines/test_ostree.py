@@ -66,6 +66,12 @@ def formed(cluster: Rig) -> Rig:
     cluster.start()
     cluster.ready(timeout=FORM)
     running(cluster)
+
+    def done() -> bool:  # the master closes admission last, and notes it in its state
+        stamps = [m.exec("test", "-e", "/var/lib/firstboot/complete", check=False) for m in cluster]
+        return all(stamp.returncode == 0 for stamp in stamps)
+
+    cluster.wait(done, FORM, "every host is done")
     return cluster
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from firstboot import userdata
 from firstboot.host import StateDirectory
-from firstboot.pki import RELEASED
+from firstboot.pki import AUTHORITY_LIFETIME, LIFETIME, RELEASED
 from firstboot.protocol.model import Register, Stored
 from tests.machines.document import document
 from tests.network.hosts import PROJECT, QUICK, Host, Hosts
@@ -396,13 +396,14 @@ def chains(host: Host, master: Host) -> bool:
     certificate = next(p for p in made.glob("*.crt") if p.name != "ca.crt")
     argv = ["openssl", "verify", "-x509_strict", "-CAfile", str(authority), str(certificate)]
     subprocess.run(argv, check=True, capture_output=True)
-    # No certificate is dated before the release, whatever the clock says.
+    # No CA is made before the release, whatever the clock says.
     made_at = max(time.time() - DAYS * 86_400, RELEASED)
-    return not_before(authority) < made_at < time.time() - 2 * 86_400 < not_before(certificate)
+    of_then = abs(not_after(authority) - AUTHORITY_LIFETIME.total_seconds() - made_at) < 86_400
+    return of_then and abs(not_after(certificate) - LIFETIME.total_seconds() - time.time()) < 3600
 
 
-def not_before(path: Path) -> float:
-    argv = ["openssl", "x509", "-noout", "-startdate", "-dateopt", "iso_8601", "-in", str(path)]
+def not_after(path: Path) -> float:
+    argv = ["openssl", "x509", "-noout", "-enddate", "-dateopt", "iso_8601", "-in", str(path)]
     done = subprocess.run(argv, check=True, capture_output=True, text=True)
-    moment = time.strptime(done.stdout.strip(), "notBefore=%Y-%m-%d %H:%M:%SZ")
+    moment = time.strptime(done.stdout.strip(), "notAfter=%Y-%m-%d %H:%M:%SZ")
     return float(calendar.timegm(moment))
