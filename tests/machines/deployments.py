@@ -66,7 +66,8 @@ deployment=$root$(sed 's/.*ostree=//; s/ .*//' "$directory/cmdline")
 mkdir -p "$directory/run"
 mount --bind "$directory/run" /run
 mount --bind "$directory/cmdline" /proc/cmdline
-"$deployment/usr/lib/ostree/ostree-prepare-root" "$root"
+# It mounts at /sysroot.tmp for a moment, which machines that boot at once share here.
+flock / "$deployment/usr/lib/ostree/ostree-prepare-root" "$root"
 umount /proc/cmdline /run
 mount --bind "$root/sysroot/ostree/deploy/STATEROOT/var" "$root/var"
 """.replace("STATEROOT", STATEROOT)
