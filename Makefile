@@ -106,9 +106,9 @@ check: setup
 image: setup
 	@$(SUDO) tests/machines/image >/dev/null
 
-# Four files at a time, even on two cores: machines wait most of the time.
+# Two files at a time: machines wait most of the time.
 test: image origin-image
-	$(SUDO) $(VENV)/python -m pytest -n 4 --dist loadfile $(PYTEST_ARGS)
+	$(SUDO) $(VENV)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 machines: image origin-image
 	$(SUDO) $(VENV)/python -m pytest -m machine $(PYTEST_ARGS)
