@@ -6,7 +6,6 @@ macros of Fedora's systemd are stood in for where a test says so.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import stat
@@ -16,6 +15,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from tests.adapters.oci_images import need_root
 
 ROOT = Path(__file__).parents[1]
 SPEC = ROOT / "ostree-overlay/firstboot.spec"
@@ -99,10 +100,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """An empty root directory with an RPM database."""
-    if os.geteuid() and os.environ.get("CI"):
-        pytest.fail("needs root: run `make test`", pytrace=False)
-    if os.geteuid():
-        pytest.skip("needs root: run `make test`")
+    need_root()
     subprocess.run(["rpm", f"--root={tmp_path}", "--initdb"], check=True, timeout=60)
     return tmp_path
 

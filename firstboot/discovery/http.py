@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from firstboot.discovery.aside import Question
+from firstboot.discovery.cloud import Trouble
 from firstboot.discovery.interface import Context, Found, ProviderReport, Stranger, leads_to_a_peer
 from firstboot.protocol.errors import LocalError, RemoteError
 from firstboot.protocol.model import Endpoint
@@ -46,14 +47,6 @@ REMEDIES = {
     405: "Allow PUT of that file on the server (WebDAV).",
     409: "Make the directory on the server, and allow PUT there.",
 }
-
-
-class Refused(LocalError):
-    """What the server did is not what a rendezvous needs; `remedy` says what is."""
-
-    def __init__(self, message: str, remedy: str = "") -> None:
-        super().__init__(message)
-        self.remedy = remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +110,7 @@ class Http:
             self._others = dict.fromkeys(await self._question.ask(ALL_SECONDS))
         except TimeoutError:
             error, remedy = "no answer in time", self._way()
-        except Refused as refused:
+        except Trouble as refused:
             error, remedy = str(refused), refused.remedy
         except LocalError as unanswered:
             error, remedy = str(unanswered), self._way()
@@ -146,7 +139,7 @@ class Http:
             body = b"".join(line + b"\n" for line in [*kept[1 - MAX_LINES * 2 :], mine])
             if self._server.put(body, file.etag):
                 return others
-        raise Refused("other hosts wrote first, each time", "Nothing to do: it is tried again.")
+        raise Trouble("other hosts wrote first, each time", "Nothing to do: it is tried again.")
 
     def _read(self, lines: list[bytes]) -> tuple[float, list[Endpoint], list[bytes]]:
         """When this host's own line expires (0: there is none), whom the others name, and all
@@ -202,7 +195,7 @@ class Server:
         self._authorization = str(options.get("authorization_file", ""))
 
     def get(self) -> File:
-        """The file as it is, empty if there is none. Refused or Unanswered if it cannot be had."""
+        """The file as it is, empty if there is none. Trouble or Unanswered if it cannot be had."""
         answer = self._ask("GET", None, {})
         now = _date(answer)
         if answer.status == 404:
@@ -211,10 +204,10 @@ class Server:
             raise _refusal("GET", answer.status)
         etag = answer.headers.get("etag", "")[:256]
         if not etag:
-            raise Refused("the server gives no ETag", CONDITIONAL)
+            raise Trouble("the server gives no ETag", CONDITIONAL)
         if len(answer.body) > MAX_FILE:
             what = f"the file is larger than {MAX_FILE // 1024} KiB"
-            raise Refused(what, "Give the rendezvous a URL of its own.")
+            raise Trouble(what, "Give the rendezvous a URL of its own.")
         return File(etag, answer.body, now)
 
     def put(self, body: bytes, etag: str) -> bool:
@@ -235,7 +228,7 @@ class Server:
             sent["Authorization"] = self._secret()
         authority = self._root / self._authority.lstrip("/") if self._authority else None
         if authority is not None and not authority.is_file():
-            raise Refused(f"{self._authority} cannot be read", "Write the certificates there.")
+            raise Trouble(f"{self._authority} cannot be read", "Write the certificates there.")
         return ask(method, self.url, sent, body, authority=str(authority or ""))
 
     def _secret(self) -> str:
@@ -243,14 +236,14 @@ class Server:
         try:
             text = path.read_text(encoding="ascii").strip()
         except (OSError, UnicodeError):
-            raise Refused(f"{self._authorization} cannot be read", REMEDIES[401]) from None
+            raise Trouble(f"{self._authorization} cannot be read", REMEDIES[401]) from None
         if not text.isprintable() or len(text) > MAX_SECRET:
-            raise Refused(f"{self._authorization} must be one line of text", REMEDIES[401])
+            raise Trouble(f"{self._authorization} must be one line of text", REMEDIES[401])
         return text
 
 
-def _refusal(method: str, status: int) -> Refused:
-    return Refused(f"{method} was answered with {status}", REMEDIES.get(status, LOOK))
+def _refusal(method: str, status: int) -> Trouble:
+    return Trouble(f"{method} was answered with {status}", REMEDIES.get(status, LOOK))
 
 
 def _date(answer: Answer) -> float:

@@ -218,11 +218,7 @@ class Voter(Situation):
     def _on_authority(self, event: events.AuthorityMade) -> None:
         self._authority_asked = 0
         value = self.decided
-        if value is not None and (
-            event.epoch <= self._stale_until(value)
-            if not value.active
-            else event.epoch != self._kept
-        ):
+        if value is not None and self._kept != event.epoch <= self._stale_until(value):
             # Made for a round that was won meanwhile, by another host or in an earlier epoch.
             self._store(lambda: self._drop_authority(event.epoch))
             return

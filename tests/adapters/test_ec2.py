@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from firstboot.discovery.imds import Ec2Metadata
 from firstboot.discovery.interface import Context, ProviderReport
 from firstboot.protocol.model import Endpoint
 from tests.clouds.double import Double, Instance
+from tests.clouds.double import look as look_once
 
 OWN = Endpoint("127.0.0.1", 7443)
 CONTEXT = Context(tag="a" * 16, formation_id="demo", boot="b" * 16)
@@ -57,16 +57,9 @@ def provider(cloud: Double, **options: Any) -> Ec2:
 
 def look(one: Ec2, own: Endpoint = OWN) -> tuple[list[str], ProviderReport]:
     """Whom it finds at one announcement, and what it says."""
-    found: list[Endpoint] = []
-
-    async def announce() -> None:
-        await one.start(own, found.append, lambda kind, source: None)
-        await one.announce()
-        await one.stop()
-
-    asyncio.run(announce())
+    found, report = look_once(one, own)
     assert {at.port for at in found} <= {7443}
-    return [at.host for at in found], one.report()
+    return [at.host for at in found], report
 
 
 def test_a_tag_finds_those_that_have_it_and_are_up(cloud: Double) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +17,7 @@ from firstboot.discovery.interface import Context, ProviderReport
 from firstboot.discovery.openstack import Openstack
 from firstboot.protocol.model import Endpoint
 from tests.clouds.double import Double, Instance
+from tests.clouds.double import look as look_once
 
 OWN = Endpoint("127.0.0.1", 7443)
 SECRET = "firstboot-secret"
@@ -81,16 +81,9 @@ def provider(cloud: Double, root: Path, **options: Any) -> Openstack:
 
 def look(one: Openstack, own: Endpoint = OWN) -> tuple[list[str], ProviderReport]:
     """Whom it finds at one announcement, and what it says."""
-    found: list[Endpoint] = []
-
-    async def announce() -> None:
-        await one.start(own, found.append, lambda kind, source: None)
-        await one.announce()
-        await one.stop()
-
-    asyncio.run(announce())
-    assert SECRET not in repr(one.report())
-    return [at.host for at in found], one.report()
+    found, report = look_once(one, own)
+    assert SECRET not in repr(report)
+    return [at.host for at in found], report
 
 
 def test_metadata_finds_those_that_have_it_and_are_up(cloud: Double, tmp_path: Path) -> None:

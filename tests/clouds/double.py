@@ -19,6 +19,7 @@ OpenStack find there.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -27,11 +28,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from firstboot.discovery.interface import Provider, ProviderReport
+from firstboot.protocol.model import Endpoint
 from tests.clouds.instances import Instance
 from tests.network.rig import METADATA, Network
 
-__all__ = ["METADATA", "Double", "Instance"]
+__all__ = ["METADATA", "Double", "Instance", "look"]
 PROJECT = Path(__file__).parents[2]
+
+
+def look(provider: Provider, own: Endpoint) -> tuple[list[Endpoint], ProviderReport]:
+    """Whom a provider finds at one announcement, and what it says."""
+    found: list[Endpoint] = []
+
+    async def announce() -> None:
+        await provider.start(own, found.append, lambda kind, source: None)
+        await provider.announce()
+        await provider.stop()
+
+    asyncio.run(announce())
+    return found, provider.report()
 
 
 class Double:
