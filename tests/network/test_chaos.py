@@ -51,7 +51,7 @@ LONELY = """
 election.quorum = lambda config, **_: 1
 situation.Situation.in_grace = property(lambda self: False)
 """
-ALONE = Fault(0.0, "partition", lasts=8.0, group=(1,))
+ALONE = Fault(0.0, "partition", lasts=15.0, group=(1,))
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,9 @@ class _Teller:
             return
         self.next = report.elapsed + (0.5 if terminal else 60.0)
         left = (self.seeds - report.seeds) * report.elapsed / max(report.seeds, 1)
+        bad = f" ({', '.join(map(str, report.bad[:3]))})" if report.bad else ""
         line = (
-            f"{report.seeds}/{self.seeds} seeds, {report.failed} bad,"
+            f"{report.seeds}/{self.seeds} seeds, {report.failed} bad{bad},"
             f" {report.seeds / max(report.elapsed, 1e-3):.0f}/s, {left / 60:.0f} min left"
         )
         end = "\r" if terminal and report.seeds < self.seeds else "\n"
