@@ -25,7 +25,7 @@ from typing import Any
 from firstboot.protocol import events, messages
 from firstboot.protocol.enrolment import full
 from firstboot.protocol.membership import LEAVE_ANYWAY, LEAVE_TRIES
-from firstboot.protocol.model import NEVER, Channel, soonest
+from firstboot.protocol.model import NEVER, Channel, Endpoint, soonest
 from firstboot.protocol.peers import Peer
 from firstboot.protocol.plan import make_plan
 from firstboot.protocol.situation import HEARTBEAT, Start
@@ -159,6 +159,7 @@ class Assembly(Supplying):
             return  # but its vote counts: it may be forming a cluster with others like itself
         self.mismatched.pop(peer.node_id, None)
         self.book.found(hello.endpoint, "peer", self.now)
+        self._note_address(peer.node_id, hello.endpoint)
         for known in hello.peers:
             if known.node_id not in self.company and known.node_id not in self.peers:
                 self.book.found(known.endpoint, "peer", self.now)
@@ -168,8 +169,15 @@ class Assembly(Supplying):
             self._hand_on()
         if hello.decided is not None:
             self._learn(hello.decided)
-        if fresh and self.round is not None:
+        if fresh and self.round is not None and self.me.node_id in self.round.promises:
+            # Not before: a ballot that a crash makes this host forget would be used again.
             self._send_round(peer.node_id, self.round)
+
+    def _note_address(self, node_id: str, endpoint: Endpoint) -> None:
+        """That peer says it is there: who answered there before may have moved away since."""
+        holder = self.peers.get(self.book.holder(endpoint))
+        if holder is not None and holder.hello is not None and holder.hello.endpoint != endpoint:
+            self.book.moved(endpoint, node_id)
 
     def _on_formation_message(self, sender: str, message: messages.Message) -> None:
         match message:

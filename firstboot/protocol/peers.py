@@ -232,13 +232,27 @@ class AddressBook:
         contact = self.contacts.get(endpoint)
         if contact is not None:
             self._ended(contact)
-            self._where.get(contact.node_id, set()).discard(endpoint)
-            self._where.setdefault(node_id, set()).add(endpoint)
-            contact.node_id = node_id
+            self._holds(contact, node_id)
             contact.retry, contact.error = FIRST_RETRY, ""
             contact.dial_at = max(contact.dial_at, again_at)
             self._hopeless.pop(endpoint, None)
             self._enqueue(contact)
+
+    def holder(self, endpoint: Endpoint) -> str:
+        """Who answered there last; empty if nobody did."""
+        contact = self.contacts.get(endpoint)
+        return "" if contact is None else contact.node_id
+
+    def moved(self, endpoint: Endpoint, node_id: str) -> None:
+        """Another host is there now than answered last: it is to be dialled if that one parts."""
+        contact = self.contacts[endpoint]
+        self._holds(contact, node_id)
+        self._enqueue(contact)
+
+    def _holds(self, contact: Contact, node_id: str) -> None:
+        self._where.get(contact.node_id, set()).discard(contact.endpoint)
+        self._where.setdefault(node_id, set()).add(contact.endpoint)
+        contact.node_id = node_id
 
     def failed(self, endpoint: Endpoint, reason: str, now: float) -> None:
         """A dial failed: try later."""

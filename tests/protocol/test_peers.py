@@ -110,6 +110,17 @@ def test_who_dialled_us_is_not_dialled_however_often_it_is_heard() -> None:
     assert list(made.due(99.0)) == [] and made.reached == 1
 
 
+def test_an_address_that_changed_hands_is_dialled_for_its_new_holder() -> None:
+    made = book(1)
+    made.connected(at(1), "a" * 32)
+    for node_id in ("a" * 32, "b" * 32):
+        made.met(node_id)
+    made.moved(at(1), "b" * 32)  # a went elsewhere, b says it is there now
+    assert made.holder(at(1)) == "b" * 32 and list(made.due(99.0)) == []
+    made.parted("b" * 32)
+    assert [contact.endpoint for contact in made.due(99.0)] == [at(1)]
+
+
 def test_news_of_an_address_that_was_forgotten_is_no_error() -> None:
     made = book()
     made.failed(at(1), "timeout", 1.0)

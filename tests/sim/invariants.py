@@ -178,6 +178,9 @@ class Witness(Conduct):
             case messages.Accepted(ballot=ballot):
                 done = register.accepted >= ballot
                 self.must(done, "I4: an acceptance left before it was on disk")
+            case messages.Prepare(ballot=ballot) | messages.Accept(ballot=ballot):
+                done = register.promised >= ballot
+                self.must(done, "I4: a ballot left before it was on disk")
 
     def dialled(self, host: Host, action: events.Connect) -> None:
         """I9: not on the bootstrap channel once it is shut."""

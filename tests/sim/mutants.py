@@ -43,7 +43,7 @@ from firstboot.protocol.model import (
     Stored,
     Value,
 )
-from firstboot.protocol.peers import AddressBook
+from firstboot.protocol.peers import AddressBook, Peer
 from firstboot.protocol.situation import Start
 from tests.sim import world
 from tests.sim.machine import Host, digest
@@ -126,6 +126,18 @@ class RepliesBeforeDisk(Assembly):
         super()._store(None, **changes)
         if then is not None:
             then()
+
+
+@mutant("ask before fsync")
+class AsksBeforeDisk(Assembly):
+    """Whoever is met hears of a ballot that this host would forget with its power."""
+
+    def _on_hello(self, peer: Peer, hello: messages.Hello) -> None:
+        fresh = peer.hello is None
+        super()._on_hello(peer, hello)
+        this = self.round
+        if fresh and this is not None and self.me.node_id not in this.promises:
+            self._send_round(peer.node_id, this)
 
 
 @mutant("promise in memory only")
