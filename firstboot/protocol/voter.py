@@ -334,10 +334,16 @@ class Voter(Situation):
             late = not self.in_grace and self.now >= self.master_heard + MASTER_SILENT
             if late and self._masters():
                 self._start_round(Purpose.REPLACE, value)
-        elif value.founder.host != self.me.endpoint.host:
-            self._start_round(Purpose.REPLACE, value)  # nodes must learn its new address
+        elif self._moved(value):
+            self._start_round(Purpose.REPLACE, value)  # all must learn the new address
         elif len(issued) >= self._wanted_members():
             self._start_round(Purpose.ACTIVATE, value)
+
+    def _moved(self, value: Value) -> bool:
+        """Whether a master it names says that it is elsewhere now."""
+        at = {m.node_id: self.company.at(m.node_id) or m.host for m in value.masters}
+        at[self.me.node_id] = self.me.endpoint.host
+        return any(at[m.node_id] != m.host for m in value.masters)
 
     def _wanted_members(self) -> int:
         whole = self.in_grace or self.config.strict
