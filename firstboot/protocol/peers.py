@@ -37,7 +37,7 @@ class Contact:
     dial_at: float
     retry: float = FIRST_RETRY
     dialling: bool = False
-    node_id: str = ""  # who answered there last
+    node_id: str = ""  # who answered there last, or has said since that it is there
     error: str = ""
     wanted: bool = True
     forgotten: bool = False
@@ -239,7 +239,7 @@ class AddressBook:
             self._enqueue(contact)
 
     def holder(self, endpoint: Endpoint) -> str:
-        """Who answered there last; empty if nobody did."""
+        """Who is there, as far as is known; empty if nobody ever answered."""
         contact = self.contacts.get(endpoint)
         return "" if contact is None else contact.node_id
 

@@ -340,10 +340,10 @@ class Voter(Situation):
             self._start_round(Purpose.ACTIVATE, value)
 
     def _moved(self, value: Value) -> bool:
-        """Whether a master it names says that it is elsewhere now."""
-        at = {m.node_id: self.company.at(m.node_id) or m.host for m in value.masters}
-        at[self.me.node_id] = self.me.endpoint.host
-        return any(at[m.node_id] != m.host for m in value.masters)
+        """Whether this founder, or another master it names, is elsewhere now."""
+        if value.founder.host != self.me.endpoint.host:
+            return True
+        return any(self.company.at(m.node_id) not in (None, m.host) for m in value.masters)
 
     def _wanted_members(self) -> int:
         whole = self.in_grace or self.config.strict
