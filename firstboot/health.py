@@ -5,29 +5,20 @@ The objects that a role creates in an API go the same way.
 
 from __future__ import annotations
 
-import http.client
-import ssl
 import threading
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from firstboot.protocol.errors import LocalError
 from firstboot.protocol.plan import CreateObject, Probe
+from firstboot.web import Answer, Unanswered, ask
 
-TRY_SECONDS = 5.0  # for each of: connecting, the handshake, every part of the answer
+TRY_SECONDS = 10.0  # from the connection to the answer's last byte
 FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between tries, doubling
 MAX_ANSWER = 1024 * 1024  # bytes of an answer that is looked through
 MAX_BODY = 200  # characters of an error page, for the reason
-# Reasons of OpenSSL that a person would not understand, or would take for something else.
-_TLS_WORDS = {
-    "WRONG_VERSION_NUMBER": "what listens there does not speak TLS",
-    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it wants a client certificate",
-    "TLSV1_ALERT_UNKNOWN_CA": "it does not accept this host's certificate",
-    "SSLV3_ALERT_BAD_CERTIFICATE": "it does not accept this host's certificate",
-    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "it takes this host's certificate for expired",
-}
 
 
 class ProbeFailed(LocalError):
@@ -39,14 +30,12 @@ class ProbeFailed(LocalError):
 def probe(step: Probe, root: Path, seconds: float = TRY_SECONDS) -> None:
     """Ask once; ProbeFailed unless the answer is 200 and holds what it must.
 
-    Follows no redirect, knows no proxy. `seconds` is the limit for each wait on the network. The
-    paths in `step` are under `root`.
+    `seconds` is the limit for all of it. The paths in `step` are under `root`.
     """
-    most = MAX_ANSWER if step.contains else 4 * MAX_BODY
-    code, text = _asked(step, root, seconds, "GET", most)
-    if code != http.client.OK:
-        raise _refusal(code, text)
-    if step.contains not in text:
+    answer = _asked(step, root, seconds, "GET")
+    if answer.status != HTTPStatus.OK:
+        raise _refusal(answer)
+    if step.contains not in answer.body.decode(errors="replace"):
         raise ProbeFailed(step.lacks or f"its answer lacks {step.contains}")
 
 
@@ -55,14 +44,14 @@ def create(step: CreateObject, root: Path, content: bytes, seconds: float = TRY_
 
     One of that name which is there already is left as it is (409, RFC 9110).
     """
-    code, text = _asked(step, root, seconds, "POST", 4 * MAX_BODY, content)
-    if code not in (http.client.OK, http.client.CREATED, http.client.CONFLICT):
-        raise _refusal(code, text)
+    answer = _asked(step, root, seconds, "POST", content)
+    if answer.status not in (HTTPStatus.OK, HTTPStatus.CREATED, HTTPStatus.CONFLICT):
+        raise _refusal(answer)
 
 
-def _refusal(code: int, text: str) -> ProbeFailed:
-    body = _printable(text[: 4 * MAX_BODY])
-    return ProbeFailed(f"HTTP {code}: {body}" if body else f"HTTP {code}")
+def _refusal(answer: Answer) -> ProbeFailed:
+    body = _printable(answer.body[: 4 * MAX_BODY].decode(errors="replace"))
+    return ProbeFailed(f"HTTP {answer.status}: {body}" if body else f"HTTP {answer.status}")
 
 
 def _asked(
@@ -70,32 +59,25 @@ def _asked(
     root: Path,
     seconds: float,
     method: str,
-    most: int,
     content: bytes | None = None,
-) -> tuple[int, str]:
-    """One request: the answer's code, and at most so many bytes of it; ProbeFailed without one."""
-    connection, target = _connection(step, root, seconds)
-    headers = {"Connection": "close"} | ({"Content-Type": "application/json"} if content else {})
+) -> Answer:
+    def path(name: str) -> str:
+        return str(root / name.lstrip("/")) if name else ""
+
     try:
-        connection.request(method, target, content, headers)
-        with connection.getresponse() as response:
-            return response.status, response.read(most).decode(errors="replace")
-    except ssl.SSLCertVerificationError as error:
-        reason = f"its certificate is not accepted: {error.verify_message}"
-        raise ProbeFailed(reason) from None
-    except (ssl.SSLEOFError, ssl.SSLZeroReturnError, http.client.RemoteDisconnected):
-        raise ProbeFailed("it closed the connection without an answer") from None
-    except ssl.SSLError as error:
-        reason = error.reason or str(error)
-        raise ProbeFailed(_TLS_WORDS.get(reason, f"TLS failed: {reason}")) from None
-    except ConnectionRefusedError:
-        raise ProbeFailed("connection refused: nothing listens there yet") from None
-    except TimeoutError:
-        raise ProbeFailed(f"no answer within {seconds:.1f} s") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ProbeFailed(f"no sound answer: {error or type(error).__name__}") from None
-    finally:
-        connection.close()
+        return ask(
+            method,
+            step.url,
+            {"Content-Type": "application/json"} if content else {},
+            content,
+            seconds=seconds,
+            most=MAX_ANSWER,
+            authority=path(step.authority),
+            certificate=path(step.certificate),
+            key=path(step.key),
+        )
+    except Unanswered as error:
+        raise ProbeFailed(str(error)) from None
 
 
 def wait(
@@ -126,41 +108,6 @@ def wait(
         if cancelled.wait(min(pause, left)):
             raise ProbeFailed("waiting for it to be healthy was cancelled")
         pause = min(2 * pause, LAST_PAUSE)
-
-
-def _connection(
-    step: Probe | CreateObject, root: Path, seconds: float
-) -> tuple[http.client.HTTPConnection, str]:
-    """A connection that is not open yet, and what to ask for (RFC 9112, section 3.2.1)."""
-    try:
-        parts = urlsplit(step.url)
-        target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-        if parts.scheme == "https":
-            return http.client.HTTPSConnection(
-                parts.hostname or "", parts.port, timeout=seconds, context=_tls(step, root)
-            ), target
-        if parts.scheme == "http":
-            return http.client.HTTPConnection(
-                parts.hostname or "", parts.port, timeout=seconds
-            ), target
-    except (ValueError, http.client.InvalidURL) as error:
-        raise ProbeFailed(f"{step.url} is not a URL: {error}") from None
-    raise ProbeFailed(f"{step.url} is neither http nor https")
-
-
-def _tls(step: Probe | CreateObject, root: Path) -> ssl.SSLContext:
-    def path(name: str) -> str:
-        return str(root / name.lstrip("/"))
-
-    try:
-        context = ssl.create_default_context(
-            cafile=path(step.authority) if step.authority else None
-        )
-        if step.certificate:
-            context.load_cert_chain(path(step.certificate), path(step.key))
-    except (OSError, ssl.SSLError) as error:
-        raise ProbeFailed(f"the probe's certificates cannot be read: {error}") from None
-    return context
 
 
 def _printable(text: str) -> str:

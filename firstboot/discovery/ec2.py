@@ -15,14 +15,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 from firstboot.discovery.cloud import Cloud, Sighting, Trouble, mapping, written
 from firstboot.discovery.imds import Ec2Metadata
 from firstboot.discovery.interface import Context
-from firstboot.discovery.web import Answer, Unanswered, ask
 from firstboot.protocol.model import Endpoint
 from firstboot.protocol.record import dataclass
+from firstboot.web import Answer, Unanswered, ask
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -207,7 +207,8 @@ class Ec2(Cloud):
         try:
             answer = ask("POST", url, _signed(url, body, me.region, role), body)
         except Unanswered as error:
-            raise Trouble(f"the EC2 API: {error}", ROUTE.format(host=host)) from None
+            what = f"the EC2 API at {urlsplit(url).netloc}: {error}"
+            raise Trouble(what, ROUTE.format(host=host)) from None
         root = _xml(answer)
         if answer.status != 200:
             raise self._refused(answer.status, root)

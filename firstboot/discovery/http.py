@@ -27,7 +27,7 @@ from firstboot.protocol.model import Endpoint
 from firstboot.protocol.record import dataclass
 
 if TYPE_CHECKING:
-    from firstboot.discovery.web import Answer
+    from firstboot.web import Answer
 
 LIFETIME = 180  # seconds a line is good for; a host renews its own when half of that is over
 MAX_LINE = 512  # bytes
@@ -221,9 +221,9 @@ class Server:
         return answer.status != 412
 
     def _ask(self, method: str, body: bytes | None, headers: Mapping[str, str]) -> Answer:
-        from firstboot.discovery.web import ask
+        from firstboot.web import ask
 
-        sent = {"User-Agent": "firstboot", "Connection": "close", **headers}
+        sent = dict(headers)
         if self._authorization:
             sent["Authorization"] = self._secret()
         authority = self._root / self._authority.lstrip("/") if self._authority else None

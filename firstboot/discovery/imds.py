@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from firstboot.discovery.cloud import Trouble, mapping
-from firstboot.discovery.web import Answer, Unanswered, ask
+from firstboot.web import Answer, Unanswered, ask
 
 ADDRESSES = ("http://169.254.169.254", "http://[fd00:ec2::254]")
 SECONDS = 5.0  # it is on the link, and mostly answers within milliseconds

@@ -22,9 +22,9 @@ from urllib.parse import urlencode, urlsplit
 from firstboot.discovery.cloud import Cloud, Sighting, Trouble, mapping, written
 from firstboot.discovery.imds import OpenstackMetadata
 from firstboot.discovery.interface import Context
-from firstboot.discovery.web import Answer, Unanswered, ask, split
 from firstboot.protocol.model import Endpoint
 from firstboot.protocol.record import dataclass
+from firstboot.web import Answer, Unanswered, ask, split
 
 PAGE, MAX_PAGES = 200, 50  # servers
 STATUSES = ("ACTIVE", "BUILD")

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from firstboot.discovery import ec2, imds, web
+from firstboot import web
+from firstboot.discovery import ec2, imds
 from firstboot.discovery.cloud import Trouble
 from firstboot.discovery.ec2 import Ec2
 from firstboot.discovery.imds import Ec2Metadata
@@ -234,12 +235,12 @@ def test_throttled_it_asks_less_often(cloud: Double) -> None:
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        ("garbage", "the EC2 API answers what is not its XML"),
-        ("oversized", "the EC2 API: it answers nothing sound (ValueError)"),
-        ("closed", "the EC2 API: it answers nothing sound (RemoteDisconnected)"),
-        ("broken", "the EC2 API answers 500"),
-        ("slow", "the EC2 API: no whole answer within 1 s"),
-        ("silent", "the EC2 API: no whole answer within 1 s"),
+        ("garbage", " answers what is not its XML"),
+        ("oversized", "its answer is larger than 4 MB"),
+        ("closed", "it closed the connection without an answer"),
+        ("broken", " answers 500"),
+        ("slow", "no whole answer within 1 s"),
+        ("silent", "no whole answer within 1 s"),
     ],
 )
 def test_an_api_that_is_not_sound(
@@ -249,7 +250,9 @@ def test_an_api_that_is_not_sound(
     if fault in ("slow", "silent"):
         monkeypatch.setattr(ec2, "ask", lambda *a, **k: web.ask(*a, **k, seconds=1))
     hosts, report = look(provider(cloud))
-    assert (hosts, report.error) == ([], told)
+    assert hosts == []
+    assert report.error.startswith("the EC2 API")
+    assert report.error.endswith(told)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +286,7 @@ def test_no_metadata_service_at_all() -> None:
 
 def test_an_api_out_of_reach_tells_what_to_open(cloud: Double) -> None:
     _, report = look(provider(cloud, endpoint="http://127.0.0.1:1"))
-    assert "127.0.0.1 port 1: Connection refused" in report.error
+    assert report.error.startswith("the EC2 API at 127.0.0.1:1: connection refused")
     assert report.remedy == (
         "Let this subnet reach ec2.eu-west-1.amazonaws.com port 443:"
         " by a NAT gateway or a VPC endpoint for ec2."

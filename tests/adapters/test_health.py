@@ -181,7 +181,7 @@ def raw_server(answer: bytes) -> Iterator[int]:
 def test_no_answer_in_time() -> None:
     with raw_server(b"") as port:
         reason = failure(Probe(f"http://127.0.0.1:{port}/"), seconds=0.1)
-    assert reason == "no answer within 0.1 s"
+    assert reason == "no whole answer within 0.1 s"
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_no_answer_in_time() -> None:
 def test_an_answer_that_is_not_http(answer: bytes) -> None:
     with raw_server(answer) as port:
         reason = failure(Probe(f"http://127.0.0.1:{port}/"))
-    assert "no sound answer" in reason
+    assert "its answer is not HTTP" in reason
     assert len(reason) < 300
 
 

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from firstboot import named as loop
+from firstboot import web
 from firstboot.protocol.errors import LocalError, UserError
 from firstboot.userdata import FETCHED, fetch
 from firstboot.userdata.kernel import Source, named
@@ -163,11 +164,11 @@ def test_a_document_comes_over_http(serve: Serve, tmp_path: Path) -> None:
         (answer(b"cluster: evil\n"), "which is not what firstboot.config.digest says"),
         (answer(b"", "404 Not Found"), "the server answers 404 Not Found"),
         (answer(b"", "302 Found\r\nLocation: http://127.0.0.1/x"), "the server answers 302 Found"),
-        (answer(DOCUMENT, length=5000), "the connection ended before the document did"),
-        (answer(b"x" * (1 << 20) + b"x"), "it is larger than 1 MB"),
-        (answer(b"", length=1 << 40) + b"x" * (2 << 20), "it is larger than 1 MB"),
+        (answer(DOCUMENT, length=5000), "the connection ended before its answer did"),
+        (answer(b"x" * (1 << 20) + b"x"), "its answer is larger than 1 MB"),
+        (answer(b"", length=1 << 40) + b"x" * (2 << 20), "its answer is larger than 1 MB"),
         (b"SSH-2.0-OpenSSH\r\n", "is not HTTP, or not whole"),
-        (b"", "Remote end closed connection without response"),
+        (b"", "it closed the connection without an answer"),
         (answer(b"", "500 \x1b[31m"), "the server answers 500 [31m"),
         (b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 200, "is not HTTP, or not whole"),
     ],
@@ -194,12 +195,12 @@ def test_a_server_that_dawdles_is_left(
 
 
 def test_silence_and_refusal_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "SILENCE", 0.2)
+    monkeypatch.setattr(web, "SILENCE", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        with pytest.raises(LocalError, match="the server does not answer"):
+        with pytest.raises(LocalError, match="it does not answer"):
             get(url, tmp_path)
-    with pytest.raises(LocalError, match="Connection refused"):
+    with pytest.raises(LocalError, match="connection refused"):
         get(url, tmp_path)
 
 
@@ -236,7 +237,7 @@ def test_https_needs_no_digest_but_trust(
     assert get(url, tmp_path, digest="") == DOCUMENT
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
-    with pytest.raises(LocalError, match="certificate is not trusted: self"):
+    with pytest.raises(LocalError, match="certificate is not accepted: self"):
         get(url, tmp_path, digest="")
 
 

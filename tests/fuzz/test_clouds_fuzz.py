@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from firstboot.discovery import ec2, imds, openstack
 from firstboot.discovery.cloud import Cloud, Trouble
 from firstboot.discovery.interface import Context
-from firstboot.discovery.web import Answer
 from firstboot.host import Machine, with_cloud
 from firstboot.protocol.model import Endpoint
+from firstboot.web import Answer
 from tests.fuzz.mutations import NASTY_JSON, edited, edits, places, spliced
 
 FAST = settings(
