@@ -220,6 +220,26 @@ async def test_many_messages_of_any_size_arrive_whole_and_in_order() -> None:
 
 
 @on_loop
+async def test_a_frame_does_not_wait_until_the_one_before_is_acknowledged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sockets: list[socket.socket] = []
+
+    class Seen(Tunnel):
+        def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            super().__init__(reader, writer)
+            sockets.append(writer.get_extra_info("socket"))
+
+    monkeypatch.setattr("firstboot.transport.connections.Tunnel", Seen)
+    async with hosts() as (a, b):
+        a.dial(b)
+        await a.next(events.Connected)
+        await b.next(events.Connected)
+        on = [s.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for s in sockets]
+    assert on == [1, 1]  # the end that dialled, and the end that accepted
+
+
+@on_loop
 async def test_enrolled_hosts_connect_on_the_cluster_channel() -> None:
     async with hosts(channel=CLUSTER) as (a, b):
         a.dial(b, CLUSTER)
