@@ -254,7 +254,7 @@ class Assembly(Supplying):
         members = self.roster.issued.keys()
         if not full(self.config, len(members)) or len(self.confirmed) < len(members) - 1:
             return False
-        return members - {self.me.node_id} <= self.confirmed and self.now >= self._stays_until
+        return self.now >= self._stays_until and members - {self.me.node_id} <= self.confirmed
 
     def _nobody_waits(self) -> bool:
         if self.founder:

@@ -159,10 +159,10 @@ class Company:
     def known(self, turn: int, *, everybody: bool) -> tuple[Known, ...]:
         """Whom to hand on: everybody, or of many the best and, by turns, some others."""
         chosen = self.standings[:MAX_PEERS]
-        if not everybody and len(self.standings) > BEST_KNOWN + OTHERS_KNOWN:
-            rest = self.standings[BEST_KNOWN:]
-            at = turn * OTHERS_KNOWN % len(rest)
-            chosen = self.standings[:BEST_KNOWN] + rest[at : at + OTHERS_KNOWN]
+        others = len(self.standings) - BEST_KNOWN
+        if not everybody and others > OTHERS_KNOWN:
+            at = BEST_KNOWN + turn * OTHERS_KNOWN % others
+            chosen = self.standings[:BEST_KNOWN] + self.standings[at : at + OTHERS_KNOWN]
         return tuple(self._known(*stands) for stands in chosen)
 
     def _known(self, unable: bool, rank: int, node_id: str) -> Known:

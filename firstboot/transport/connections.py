@@ -59,8 +59,8 @@ class Transport:
             listener = socket.create_server((host, port), family=family, dualstack_ipv6=dual)
         except OSError as error:
             raise LocalError(f"cannot listen on port {port}: {error.strerror}") from None
-        # What is accepted inherits it. asyncio sets it on connections that it dials and on no others:
-        # a second small frame would wait for the peer's delayed ACK, 40 ms (RFC 1122, 4.2.3.2, .4).
+        # What is accepted inherits it; asyncio sets it on connections that it dials, and no others.
+        # A second small frame would wait for the peer's delayed ACK, 40 ms (RFC 1122, 4.2.3.2, .4).
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._server = await asyncio.start_server(
             self._accepted, sock=listener, limit=CHUNK, backlog=256
