@@ -30,7 +30,7 @@ def test_a_document_from_a_web_server_that_comes_late(launch: Launch, tmp_path: 
     rig = launch(3, "", words=words)
     rig.set_seed()
     rig.start()
-    told = f"Waiting for the document at {url}: Connection refused."
+    told = f"Waiting for the document at {url}: connection refused: nothing listens there yet."
     rig.wait(lambda: all(sentence(m) == told for m in rig), FORM, "every host says what it lacks")
     rig.ready()  # nothing of the boot waits for it
     page = firstboot(rig[1], "status")

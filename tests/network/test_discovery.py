@@ -117,7 +117,7 @@ SAYS = {
     "static": ("2 listed", "gone.example.org: the DNS does not answer", "UDP and TCP 53"),
     "dns": ("A and AAAA of nodes.example.org", "the DNS does not answer", "UDP and TCP 53"),
     "openstack": ("", "no application credential in /etc", "application credential create"),
-    "http": ("GET and PUT http://10.77.0.1:8080/demo", "Connection refused", "10.77.0.1:8080"),
+    "http": ("GET and PUT http://10.77.0.1:8080/demo", "connection refused", "10.77.0.1:8080"),
 }
 
 
