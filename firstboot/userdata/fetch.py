@@ -32,8 +32,6 @@ def fetch(source: Source, directory: Path) -> bytes:
     proxy asked: what was checked about the address holds for no other one.
     """
     data = _from_device(source, directory) if source.path else _from_url(source.place)
-    if len(data) > MAX_BYTES:
-        raise LocalError("it is larger than 1 MB")
     found = hashlib.sha256(data).hexdigest()
     if source.digest and found != source.digest:
         raise LocalError(f"its SHA-256 is {found}, which is not what {DIGEST} says")
@@ -60,6 +58,8 @@ def _from_device(source: Source, directory: Path) -> bytes:
     if done.returncode:
         said = done.stderr.decode(errors="replace").replace(mount, "").strip().splitlines()
         raise LocalError(_plain(said[0] if said else "it cannot be read"))
+    if len(done.stdout) > MAX_BYTES:
+        raise LocalError("it is larger than 1 MB")
     return done.stdout
 
 
